@@ -1,0 +1,1 @@
+//! Benchmarks of rbd2qcow2-core: see `benches/`. This library is empty.

@@ -1,0 +1,246 @@
+//! Page-aligned buffers out of a budget of bytes.
+//!
+//! Every byte of image data that is in memory lies in a [`Buffer`] of one [`BufferPool`], so the
+//! pool's limit bounds what a run holds, whatever the image's size and however many images are
+//! under way. Buffers are reused: a fresh 4 MiB allocation costs a thousand page faults.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use crate::cancel::Cancel;
+
+/// Alignment of a buffer's first byte: what O_DIRECT asks for on every disk in use.
+pub const ALIGNMENT: usize = 4096;
+
+/// The smallest allocation; shorter requests share this size so that they can reuse each other's.
+const SMALLEST_CLASS: usize = 64 << 10;
+
+/// Hands out buffers until a number of bytes is in use, then blocks.
+#[derive(Clone, Debug)]
+pub struct BufferPool(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    /// Bytes that may be allocated at any time.
+    limit: usize,
+    state: Mutex<State>,
+    /// Signalled whenever a buffer comes back.
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Bytes of all allocations, those in `idle` included.
+    allocated: usize,
+    /// Allocations waiting for reuse, any class.
+    idle: Vec<Allocation>,
+}
+
+/// Zero-initialised bytes of which `size` from an aligned start on are used.
+#[derive(Debug)]
+struct Allocation {
+    bytes: Vec<u8>,
+    start: usize,
+    size: usize,
+}
+
+impl Allocation {
+    fn new(size: usize) -> Self {
+        let bytes = vec![0; size + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        Self { bytes, start, size }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is consistent between any two statements, so a panic elsewhere is no reason to
+        // make everyone else panic too.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BufferPool {
+    /// A pool of at most `limit` bytes (at least one smallest buffer of 64 KiB).
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
+        Self(Arc::new(Shared {
+            limit: limit.max(SMALLEST_CLASS),
+            state: Mutex::default(),
+            returned: Condvar::new(),
+        }))
+    }
+
+    /// The largest buffer that this pool can hand out, in bytes.
+    #[must_use]
+    pub fn largest(&self) -> usize {
+        // Classes are powers of two.
+        1 << self.0.limit.ilog2()
+    }
+
+    /// A buffer of `length` bytes of unspecified content. Blocks while the budget is used up.
+    ///
+    /// Returns `None` when `cancel` was set meanwhile. One thread must not hold a buffer while it
+    /// asks for another, or all threads may wait for each other.
+    ///
+    /// # Panics
+    /// When `length` is 0 or more than [`largest`](Self::largest).
+    #[must_use]
+    pub fn get(&self, length: usize, cancel: &Cancel) -> Option<Buffer> {
+        assert!(length > 0 && length <= self.largest(), "{length} bytes are not in 1..={}", self.largest());
+        let size = length.next_power_of_two().max(SMALLEST_CLASS);
+        let mut state = self.0.lock();
+        loop {
+            if cancel.is_set() {
+                return None;
+            }
+            if let Some(found) = state.idle.iter().rposition(|idle| idle.size == size) {
+                let allocation = state.idle.swap_remove(found);
+                return Some(self.buffer(allocation, length));
+            }
+            if state.allocated + size <= self.0.limit {
+                state.allocated += size;
+                drop(state);
+                return Some(self.buffer(Allocation::new(size), length));
+            }
+            // Idle buffers of other classes make room before anybody waits.
+            if let Some(other) = state.idle.pop() {
+                state.allocated -= other.size;
+                continue;
+            }
+            state =
+                self.0.returned.wait_timeout(state, Cancel::POLL).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn buffer(&self, allocation: Allocation, length: usize) -> Buffer {
+        Buffer { allocation: Some(allocation), length, pool: self.clone() }
+    }
+}
+
+/// Bytes out of a [`BufferPool`], to which they return on drop.
+#[derive(Debug)]
+pub struct Buffer {
+    /// `None` only while the bytes are lent out by [`Buffer::take`].
+    allocation: Option<Allocation>,
+    length: usize,
+    pool: BufferPool,
+}
+
+impl Buffer {
+    /// Moves the bytes out, into a buffer of their own, and leaves an empty one behind.
+    ///
+    /// For a reader that must hand the bytes to somebody who may never give them back.
+    #[must_use]
+    pub fn take(&mut self) -> Buffer {
+        let empty = Buffer { allocation: None, length: 0, pool: self.pool.clone() };
+        std::mem::replace(self, empty)
+    }
+
+    /// Turns the buffer into shared immutable bytes. It returns to the pool when the last of them is
+    /// dropped.
+    #[must_use]
+    pub fn freeze(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match &self.allocation {
+            Some(a) => &a.bytes[a.start..a.start + self.length],
+            None => &[],
+        }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match &mut self.allocation {
+            Some(a) => &mut a.bytes[a.start..a.start + self.length],
+            None => &mut [],
+        }
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(allocation) = self.allocation.take() {
+            self.pool.0.lock().idle.push(allocation);
+            self.pool.0.returned.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_as_long_as_asked() {
+        let pool = BufferPool::new(1 << 20);
+        for length in [1, 4096, 65_537, 1 << 20] {
+            let buffer = pool.get(length, &Cancel::new()).expect("not cancelled");
+            assert_eq!(buffer.len(), length);
+            assert_eq!(buffer.as_ptr().addr() % ALIGNMENT, 0);
+        }
+    }
+
+    #[test]
+    fn the_limit_holds_and_a_returned_buffer_wakes_the_waiter() {
+        let pool = BufferPool::new(256 << 10);
+        let cancel = Cancel::new();
+        let mut held: Vec<_> = (0..4).map(|_| pool.get(1, &cancel).expect("within the limit")).collect();
+        assert_eq!(pool.0.lock().allocated, 256 << 10);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| pool.get(1, &cancel).expect("not cancelled").len());
+            std::thread::sleep(Cancel::POLL / 5);
+            assert!(!waiter.is_finished(), "a fifth buffer was handed out");
+            held.pop();
+            assert_eq!(waiter.join().expect("no panic"), 1);
+        });
+        assert_eq!(pool.0.lock().allocated, 256 << 10);
+    }
+
+    #[test]
+    fn idle_buffers_of_another_size_make_room() {
+        let pool = BufferPool::new(256 << 10);
+        let cancel = Cancel::new();
+        drop((0..4).map(|_| pool.get(1, &cancel)).collect::<Vec<_>>());
+        assert_eq!(pool.get(200 << 10, &cancel).expect("not cancelled").len(), 200 << 10);
+        assert_eq!(pool.0.lock().allocated, 256 << 10);
+    }
+
+    #[test]
+    fn cancel_ends_the_wait() {
+        let pool = BufferPool::new(64 << 10);
+        let cancel = Cancel::new();
+        let _held = pool.get(1, &cancel);
+        cancel.set();
+        assert!(pool.get(1, &cancel).is_none());
+    }
+
+    #[test]
+    fn slices_of_frozen_bytes_hold_the_buffer() {
+        let pool = BufferPool::new(64 << 10);
+        let mut buffer = pool.get(8, &Cancel::new()).expect("not cancelled");
+        buffer.copy_from_slice(b"01234567");
+        let bytes = buffer.freeze();
+        let slice = bytes.slice(2..4);
+        drop(bytes);
+        assert_eq!(pool.0.lock().idle.len(), 0);
+        assert_eq!(&slice[..], b"23");
+        drop(slice);
+        assert_eq!(pool.0.lock().idle.len(), 1);
+    }
+}

@@ -1,0 +1,1 @@
+//! The directory of one image: its points, their files and how they come to be.

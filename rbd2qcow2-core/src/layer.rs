@@ -1,0 +1,112 @@
+//! One file of a chain being written.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use bytes::Bytes;
+
+use crate::source::BoxError;
+
+pub mod qemu_nbd;
+
+/// Why a layer could not be written. The layer's file is then unusable and must be removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerError {
+    /// The empty layer could not be made.
+    #[error("cannot create the layer {}", path.display())]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// What the writer said.
+        #[source]
+        cause: BoxError,
+    },
+    /// Data or zeroes could not be written. May be reported by a later call than the one that
+    /// handed them over.
+    #[error("cannot write the layer {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the writer said.
+        #[source]
+        cause: BoxError,
+    },
+    /// The written layer could not be brought to stable storage.
+    #[error("cannot flush the layer {} to stable storage", path.display())]
+    Finish {
+        /// The file.
+        path: PathBuf,
+        /// What the writer said.
+        #[source]
+        cause: BoxError,
+    },
+}
+
+/// How the clusters of a layer are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Compression {
+    /// As they are.
+    #[default]
+    None,
+    /// Deflate, readable by every QEMU.
+    Zlib,
+    /// Zstandard, readable by QEMU 5.1 and later.
+    Zstd {
+        /// 1 (fast) to 22 (small); `None` is the writer's default.
+        level: Option<u8>,
+    },
+}
+
+/// What a new layer is to be.
+#[derive(Clone, Debug)]
+pub struct LayerSpec {
+    /// The file to make. It must not exist.
+    pub path: PathBuf,
+    /// Size that a guest sees, in bytes: a multiple of 512.
+    pub virtual_size: u64,
+    /// File name (no directory) of the qcow2 file below, in the same directory; `None` for a root.
+    pub backing: Option<String>,
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
+    pub cluster_size: u32,
+    /// How clusters are stored.
+    pub compression: Compression,
+}
+
+/// Takes what a layer holds, in any order and from several threads, and writes it once.
+///
+/// All offsets and lengths are multiples of [`grain`](Self::grain); only the end of the virtual
+/// size may be ragged. No grain is handed over twice. Dropping a writer without
+/// [`finish`](Self::finish) abandons the layer: everything that was started on its behalf is gone
+/// when drop returns, the file is left for the caller to remove.
+pub trait LayerWriter: Sync {
+    /// The smallest piece that this layer can hold without a copy of older data, in bytes: a power
+    /// of two, at least 512.
+    fn grain(&self) -> u64;
+
+    /// Hands `data` over for `offset`. May return before it is written, but blocks while too much
+    /// is under way, and drops `data` as soon as it is written.
+    ///
+    /// # Errors
+    /// [`LayerError::Write`], also for data that an earlier call handed over.
+    fn write(&self, offset: u64, data: Bytes) -> Result<(), LayerError>;
+
+    /// Makes `range` read as zeroes, whatever the layers below hold. Any length.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn write_zeroes(&self, range: Range<u64>) -> Result<(), LayerError>;
+
+    /// Makes blocked and future calls of [`write`](Self::write) and
+    /// [`write_zeroes`](Self::write_zeroes) fail soon. Called when the run fails elsewhere.
+    fn abort(&self);
+
+    /// Waits until everything handed over is written, flushed and on stable storage, and lets go of
+    /// the file. Called once, when no other call is under way.
+    ///
+    /// # Errors
+    /// [`LayerError::Write`] for what could not be written, [`LayerError::Finish`] for a flush or
+    /// sync that failed. Unless this returns `Ok`, the layer is not a restore point.
+    fn finish(&self) -> Result<(), LayerError>;
+}

@@ -1,0 +1,1 @@
+//! A layer written through qemu-nbd.

@@ -1,0 +1,28 @@
+//! Backs up Ceph RBD images into chains of qcow2 files.
+//!
+//! Each backup of an image is one qcow2 file whose backing file is the backup before it: at once a
+//! restore point that QEMU boots and the difference to its predecessor. `ARCHITECTURE.md` in the
+//! repository is the map of this crate and owns the description of the files on disk.
+//!
+//! The data flows in one line, and the modules follow it:
+//!
+//! snapshot -> changed extents ([`source`]) -> aligned to the layer's grain ([`extent`]) -> read,
+//! zero-detected and written by a pipeline of threads ([`copy`]) -> a layer ([`layer`]) -> flushed,
+//! synced and renamed into the chain ([`chain`]).
+//!
+//! The library never prints, never exits the process, keeps no global state, logs only through
+//! [`log`], reports progress through [`progress::Observer`] and stops soon after a
+//! [`cancel::Cancel`] is set.
+//!
+//! # Features
+//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains.
+
+pub mod buffer;
+pub mod cancel;
+pub mod chain;
+pub mod extent;
+pub mod layer;
+pub mod nbd;
+pub mod progress;
+pub mod qcow2;
+pub mod source;

@@ -1,0 +1,1 @@
+//! The NBD protocol, as far as a client that writes a disk image needs it.
