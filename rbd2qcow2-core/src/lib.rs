@@ -17,12 +17,19 @@
 //! # Features
 //! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains.
 
+#![deny(unsafe_code)]
+
+pub mod backup;
 pub mod buffer;
 pub mod cancel;
 pub mod chain;
 pub mod extent;
 pub mod layer;
 pub mod nbd;
+#[cfg(feature = "rbd")]
+pub mod pool;
 pub mod progress;
 pub mod qcow2;
+#[cfg(feature = "rbd")]
+pub mod rbd;
 pub mod source;
