@@ -139,6 +139,19 @@ impl Buffer {
         std::mem::replace(self, empty)
     }
 
+    /// Makes the buffer `length` bytes long. Bytes that it did not have before are zero.
+    ///
+    /// # Panics
+    /// When `length` is more than the length that the buffer was asked for with, rounded up to a
+    /// power of two.
+    pub fn resize(&mut self, length: usize) {
+        let old = self.length;
+        self.length = length;
+        if length > old {
+            self[old..].fill(0);
+        }
+    }
+
     /// Turns the buffer into shared immutable bytes. It returns to the pool when the last of them is
     /// dropped.
     #[must_use]

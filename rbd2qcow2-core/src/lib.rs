@@ -30,6 +30,7 @@ pub mod nbd;
 pub mod pool;
 pub mod progress;
 pub mod qcow2;
+pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;
 pub mod source;

@@ -1,26 +1,27 @@
 //! Safe handles over librados and librbd. The only room with unsafe code.
+//!
+//! [`Cluster`] opens a [`Pool`], which opens an [`Image`]. Each holds what it was opened from, so
+//! that the order in which C wants them closed is the only possible one.
+//!
+//! Every call that talks to the cluster is bounded by a [`Patience`]: where librbd does not come
+//! back, the call is abandoned together with its handle, and the caller gets
+//! [`RbdError::NoAnswer`] or, soon after its cancel flag is set, [`RbdError::Cancelled`]. An
+//! abandoned handle is never closed (closing waits for the very answer that does not come), so a
+//! process in which that happened keeps a few threads of librbd's until it exits.
 #![allow(unsafe_code)]
 
-use std::path::PathBuf;
+mod cluster;
+mod diff;
+mod error;
+mod image;
+mod patience;
+mod read;
 
-/// How to reach a cluster: what the `rbd` program takes on its command line.
-///
-/// What is not given is found as librados finds it: the environment (`CEPH_CONF`, `CEPH_ARGS`), then
-/// `/etc/ceph/ceph.conf`, `~/.ceph/config` and `ceph.conf`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ClusterOptions {
-    /// The configuration file.
-    pub conf: Option<PathBuf>,
-    /// The client's full name, `client.admin` for instance.
-    pub name: Option<String>,
-    /// The client's keyring.
-    pub keyring: Option<PathBuf>,
-    /// The monitors' addresses.
-    pub mon_host: Option<String>,
-}
+#[cfg(test)]
+mod tests;
 
-/// Why librados or librbd could not do something.
-#[derive(Debug, thiserror::Error)]
-#[error("placeholder")]
-pub struct RbdError;
+pub use cluster::{Cluster, ClusterOptions, Pool};
+pub use diff::Granularity;
+pub use error::RbdError;
+pub use image::{Image, ImageInfo, Parent, Snapshot};
+pub use patience::Patience;

@@ -5,6 +5,10 @@ use std::ops::Range;
 use crate::buffer::Buffer;
 use crate::extent::Extent;
 
+#[cfg(feature = "rbd")]
+pub mod librbd;
+pub mod memory;
+
 /// An error of an implementation underneath a trait of this crate.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
 

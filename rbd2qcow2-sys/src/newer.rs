@@ -14,17 +14,14 @@ use crate::rbd_image_t;
 /// `rbd_get_id`: the image's id. Since Luminous (12.2).
 pub type GetId = unsafe extern "C" fn(image: rbd_image_t, id: *mut c_char, id_len: usize) -> c_int;
 
-/// `rbd_snap_get_timestamp`: when a snapshot was made, as a `struct timespec`. Since Luminous (12.2).
-pub type SnapGetTimestamp =
-    unsafe extern "C" fn(image: rbd_image_t, snap_id: u64, timestamp: *mut rados_sys::timespec) -> c_int;
-
 /// `rbd_namespace_exists`: whether a pool has an RBD namespace. Since Nautilus (14.2): a librbd
 /// without it knows no namespaces.
 pub type NamespaceExists =
     unsafe extern "C" fn(io: rados_ioctx_t, name: *const c_char, exists: *mut bool) -> c_int;
 
 fn look_up<F: Copy>(name: &CStr) -> Option<F> {
-    // SAFETY: `this` gives a handle to the running process and runs no initialiser.
+    // SAFETY: `this` gives a handle to the running process and runs no initialiser; every caller
+    // asks for the type that librbd.h declares for the name.
     let symbol = unsafe { Library::this().get::<F>(name.to_bytes_with_nul()) };
     symbol.ok().map(|found| *found)
 }
@@ -33,12 +30,6 @@ fn look_up<F: Copy>(name: &CStr) -> Option<F> {
 pub fn rbd_get_id() -> Option<GetId> {
     static FOUND: OnceLock<Option<GetId>> = OnceLock::new();
     *FOUND.get_or_init(|| look_up(c"rbd_get_id"))
-}
-
-/// [`SnapGetTimestamp`], where the loaded librbd has it.
-pub fn rbd_snap_get_timestamp() -> Option<SnapGetTimestamp> {
-    static FOUND: OnceLock<Option<SnapGetTimestamp>> = OnceLock::new();
-    *FOUND.get_or_init(|| look_up(c"rbd_snap_get_timestamp"))
 }
 
 /// [`NamespaceExists`], where the loaded librbd has it.

@@ -1,0 +1,38 @@
+//! What holds without a cluster. Everything else is tested on a real one, in `tests/`.
+
+use super::*;
+
+#[test]
+fn handles_cross_threads() {
+    fn pinned<T: Send + Sync>() {}
+    pinned::<Cluster>();
+    pinned::<Pool>();
+    pinned::<Image>();
+}
+
+#[test]
+fn an_abandoned_call_is_reported_in_time() {
+    let patience =
+        Patience { limit: std::time::Duration::from_millis(1), cancel: crate::cancel::Cancel::new() };
+    let (hold, held) = crossbeam::channel::bounded::<()>(0);
+    let error = patience.call(|| "wait".to_owned(), move || held.recv()).unwrap_err();
+    assert!(matches!(error, RbdError::NoAnswer { .. }), "{error}");
+    patience.cancel.set();
+    drop(hold);
+}
+
+#[test]
+fn features_have_the_names_that_rbd_prints() {
+    let info = ImageInfo {
+        id: String::new(),
+        size: 0,
+        object_size: 1,
+        stripe_unit: 1,
+        stripe_count: 1,
+        features: 0b11_1101 | 1 << 60,
+        overlap: 0,
+        object_map_valid: true,
+    };
+    let names = ["layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten", "bit-60"];
+    assert_eq!(info.feature_names(), names);
+}
