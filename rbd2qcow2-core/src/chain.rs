@@ -115,6 +115,7 @@ impl ChainWriter {
         }
         if !self.removed.is_empty() {
             durable::sync_directory(&self.directory)?;
+            self.refresh()?;
         }
         // Once a manifest bears the chain's id, the note is no longer needed: the run that made it
         // was killed between its commit and the removal of the note. The snapshot it names is that
@@ -124,7 +125,7 @@ impl ChainWriter {
         {
             self.clear_announcement()?;
         }
-        self.refresh()
+        Ok(())
     }
 
     /// Reads the directory again, after a commit for instance.
@@ -405,4 +406,4 @@ impl Drop for PendingLayer<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

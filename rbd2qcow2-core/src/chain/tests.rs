@@ -14,7 +14,7 @@ const CLUSTER_SIZE: u32 = 65536;
 const VIRTUAL_SIZE: u64 = (1 << 20) + 1;
 
 /// Whether `qemu-img` can be run. Where the environment requires the tools, it must.
-pub(super) fn qemu_img_is_there() -> bool {
+pub(crate) fn qemu_img_is_there() -> bool {
     let there =
         Command::new("qemu-img").arg("--version").output().is_ok_and(|output| output.status.success());
     let required = std::env::var("RBD2QCOW2_REQUIRE_TOOLS").is_ok_and(|value| value == "1");
