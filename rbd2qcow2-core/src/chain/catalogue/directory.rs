@@ -120,7 +120,12 @@ impl Files {
         }
         let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
         if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
-            self.partial.push(path);
+            // No run makes a directory of that name, so none may remove it.
+            if path.is_dir() && !path.is_symlink() {
+                self.problems.push(Problem::NotARegularFile { path });
+            } else {
+                self.partial.push(path);
+            }
             return;
         }
         let Some(file) = PointFile::parse(name).filter(|file| file.image == *image) else {
