@@ -103,8 +103,8 @@ impl Client {
         let mut used = 0;
         for (connection, stream) in streams.iter().enumerate() {
             let mut limited = Limited::new(stream, deadline);
-            let found = negotiate(&mut limited, &wanted)
-                .map_err(|e| limited.explain(e, options.handshake_limit))?;
+            let found =
+                negotiate(&mut limited, &wanted).map_err(|e| limited.explain(e, options.handshake_limit))?;
             limited.lift()?;
             used += 1;
             match export {

@@ -13,7 +13,7 @@ use super::{NbdError, Violation};
 
 /// The longest option reply whose content is looked at. The longest sensible one is a string with
 /// a few numbers around it.
-const MAX_OPTION_REPLY: u32 = 2 * wire::MAX_STRING as u32;
+const MAX_OPTION_REPLY: u32 = 8 << 10;
 
 /// The longest option reply that is skipped rather than taken for nonsense.
 const MAX_SKIPPED_REPLY: u32 = 64 << 10;
@@ -264,14 +264,13 @@ fn option_reply<S: Read>(stream: &mut S, asked: HandshakeOption) -> Result<Answe
     }
 }
 
-fn request_option<S: Write>(
-    stream: &mut S,
-    option: HandshakeOption,
-    content: &[u8],
-) -> Result<(), NbdError> {
+fn request_option<S: Write>(stream: &mut S, option: HandshakeOption, content: &[u8]) -> Result<(), NbdError> {
     let length = u32::try_from(content.len()).expect("two strings of at most 4096 bytes");
-    let header =
-        OptionHeader { magic: wire::OPTION_MAGIC.into(), option: option.code().into(), length: length.into() };
+    let header = OptionHeader {
+        magic: wire::OPTION_MAGIC.into(),
+        option: option.code().into(),
+        length: length.into(),
+    };
     send(stream, &[header.as_bytes(), content].concat())
 }
 

@@ -354,7 +354,7 @@ impl<R: Read> ReplyReader<R> {
         let Content::Extents { context, found } = &mut pending.content else {
             unreachable!("only called for block status");
         };
-        if length < 12 || length > MAX_STATUS_CHUNK || length % 8 != 4 {
+        if !(12..=MAX_STATUS_CHUNK).contains(&length) || length % 8 != 4 {
             return Err(Violation::WrongChunkLength { operation, kind, length }.into());
         }
         if !found.is_empty() {

@@ -37,7 +37,7 @@ mod stderr;
 const SUPERVISOR: &str = r#"
 exec 3<&0 0<&1 1>&2
 sh -c 'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"' sh "$@" 3<&3 0</dev/null &
-exec 3<&- 2>/dev/null
+exec 3<&- 1>/dev/null 2>&1
 read -r word
 [ "$word" = wait ] || kill -9 0
 wait $!

@@ -169,11 +169,7 @@ impl Shared {
         result
     }
 
-    fn wait_idle(
-        &self,
-        limit: Option<Duration>,
-        ready: impl Fn(&State) -> bool,
-    ) -> Result<(), NbdError> {
+    fn wait_idle(&self, limit: Option<Duration>, ready: impl Fn(&State) -> bool) -> Result<(), NbdError> {
         let deadline = limit.map(|limit| (Instant::now() + limit, limit));
         let mut state = self.lock();
         loop {
@@ -283,9 +279,7 @@ impl Shared {
                     let _ = waiter.send(result);
                 }
             }
-            Err(failure)
-                if failure.errno == Errno::ENOTSUP && request.flags & wire::CMD_FAST_ZERO != 0 =>
-            {
+            Err(failure) if failure.errno == Errno::ENOTSUP && request.flags & wire::CMD_FAST_ZERO != 0 => {
                 let length = u32::try_from(operation.length).expect("lengths of requests have 32 bits");
                 let again = Queued::new(operation.command, operation.offset, length)
                     .with_flags(request.flags & !wire::CMD_FAST_ZERO);
