@@ -23,7 +23,7 @@ pub mod manifest;
 pub mod names;
 
 pub use announcement::Announcement;
-pub use catalogue::{Catalogue, Kind, Point, Problem, images_in};
+pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
 pub use error::ChainError;
 pub use manifest::{Manifest, Record};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};

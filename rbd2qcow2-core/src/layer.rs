@@ -1,5 +1,6 @@
 //! One file of a chain being written.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -57,6 +58,17 @@ pub enum Compression {
         /// 1 (fast) to 22 (small); `None` is the writer's default.
         level: Option<u8>,
     },
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::Zlib => f.write_str("zlib"),
+            Self::Zstd { level: None } => f.write_str("zstd"),
+            Self::Zstd { level: Some(level) } => write!(f, "zstd:{level}"),
+        }
+    }
 }
 
 /// What a new layer is to be.

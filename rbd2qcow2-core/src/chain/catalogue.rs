@@ -27,11 +27,22 @@ pub const PYTHON_ROOT: &str = "empty.qcow2";
 
 /// Whether a point stands alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum PointKind {
     /// Holds the whole image.
     Full,
     /// Holds what changed since its parent.
     Incremental,
+}
+
+impl PointKind {
+    /// The word that stands for it in reports: `full` or `incremental`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+        }
+    }
 }
 
 /// A point of an image: a layer that is there, sound or not.
@@ -43,7 +54,7 @@ pub struct Point {
     /// Its layer.
     pub path: PathBuf,
     /// Whether it stands alone; `None` when neither header nor manifest can be read.
-    pub kind: Option<Kind>,
+    pub kind: Option<PointKind>,
     /// The point it builds upon, which need not exist.
     pub parent: Option<PointName>,
     /// The layer's header, unless it is unreadable.
@@ -245,7 +256,7 @@ impl Catalogue {
         Point {
             name,
             path,
-            kind: link.map(|parent| if parent.is_some() { Kind::Incremental } else { Kind::Full }),
+            kind: link.map(|parent| if parent.is_some() { PointKind::Incremental } else { PointKind::Full }),
             parent: link.flatten(),
             header,
             manifest,

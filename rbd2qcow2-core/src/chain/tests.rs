@@ -110,7 +110,7 @@ fn points_are_made_and_read_back() {
     assert!(catalogue.problems().is_empty(), "{:?}", catalogue.problems());
     assert!(catalogue.points().iter().all(|point| point.sound));
     let newest = catalogue.newest().expect("two points");
-    assert_eq!((newest.name, newest.kind), (point(SECOND), Some(Kind::Incremental)));
+    assert_eq!((newest.name, newest.kind), (point(SECOND), Some(PointKind::Incremental)));
     assert_eq!(newest.manifest.as_ref(), Some(&second.manifest));
     assert_eq!(newest.virtual_size(), Some(VIRTUAL_SIZE));
     assert_eq!(newest.layer_bytes, second.layer_bytes);

@@ -258,7 +258,12 @@ impl Pool {
         let names = self.patience().call(what, move || {
             bytes_of(what, |buffer, length| {
                 // SAFETY: the buffer has `length` bytes.
-                unsafe { sys::rbd_list(pool.raw(), buffer, length) }
+                let code = unsafe { sys::rbd_list(pool.raw(), buffer, length) };
+                if let Ok(used) = usize::try_from(code) {
+                    // The length is that of the list only when it does not fit.
+                    *length = used;
+                }
+                code
             })
         })??;
         let mut names = split_nul(&names).map(|name| utf8(name, what)).collect::<Result<Vec<_>, _>>()?;
@@ -285,7 +290,7 @@ pub(super) fn split_nul(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// `fill` says it filled.
 pub(super) fn bytes_of(
     what: impl FnOnce() -> String,
-    mut fill: impl FnMut(*mut c_char, *mut usize) -> i32,
+    mut fill: impl FnMut(*mut c_char, &mut usize) -> i32,
 ) -> Result<Vec<u8>, RbdError> {
     let mut buffer = vec![0_u8; 4096];
     loop {
