@@ -1,0 +1,74 @@
+//! The cluster that tests run on, and names in it that no other test uses.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::driver::{Driver, Spec};
+
+/// The pool that `scripts/ceph-cluster` makes.
+pub const POOL: &str = "rbd";
+
+/// A running cluster whose images nobody misses.
+#[derive(Clone, Debug)]
+pub struct TestCluster {
+    /// Its configuration file, which names the keyring too.
+    pub conf: PathBuf,
+}
+
+impl TestCluster {
+    /// The cluster of the environment, or `None`, said aloud, where there is none to be had.
+    ///
+    /// Only the one of `scripts/ceph-cluster` will do: what `CEPH_CONF` names may be the user's own.
+    ///
+    /// # Panics
+    /// Where there is none and the environment says that all tests must run.
+    pub fn find(test: &str) -> Option<Self> {
+        let dir = std::env::var_os("RBD2QCOW2_TEST_CLUSTER").map(PathBuf::from);
+        let found = dir.map(|dir| Self { conf: dir.join("ceph.conf") });
+        if found.is_none() {
+            skip(test, "RBD2QCOW2_TEST_CLUSTER is not set (scripts/ceph-cluster run DIR -- cargo test)");
+        }
+        found
+    }
+
+    /// A second client of the cluster.
+    pub fn driver(&self) -> Driver {
+        Driver::start(&self.conf).expect("the driver starts")
+    }
+}
+
+/// Says that a test is not run, and why.
+///
+/// # Panics
+/// Where the environment says that all tests must run: CI, or `RBD2QCOW2_REQUIRE_TOOLS=1`.
+pub fn skip(test: &str, why: &str) {
+    let set = |name: &str| std::env::var(name).is_ok_and(|value| !matches!(&*value, "" | "0" | "false"));
+    assert!(!set("RBD2QCOW2_REQUIRE_TOOLS") && !set("CI"), "{test} cannot run: {why}");
+    // Past the test harness, which hides what tests that pass have printed.
+    let _ = std::io::Write::write_all(
+        &mut std::io::stderr().lock(),
+        format!("\nSKIPPED {test}: {why}\n").as_bytes(),
+    );
+}
+
+/// A name that no other test of this or another process uses.
+pub fn unique(name: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{name}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// An image of such a name in the common pool.
+pub fn unique_image(name: &str) -> Spec {
+    Spec::new(POOL, &unique(name))
+}
+
+/// Stands at the beginning of a test: the cluster, or leaves the test.
+#[macro_export]
+macro_rules! cluster_or_skip {
+    ($test:expr) => {
+        match $crate::cluster::TestCluster::find($test) {
+            Some(cluster) => cluster,
+            None => return,
+        }
+    };
+}
