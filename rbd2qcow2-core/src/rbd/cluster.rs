@@ -258,7 +258,13 @@ impl Pool {
         let names = self.patience().call(what, move || {
             bytes_of(what, |buffer, length| {
                 // SAFETY: the buffer has `length` bytes.
-                unsafe { sys::rbd_list(pool.raw(), buffer, length) }
+                let code = unsafe { sys::rbd_list(pool.raw(), buffer, length) };
+                if let Ok(filled) = usize::try_from(code) {
+                    // Unlike its sisters it tells the length only by its return value.
+                    // SAFETY: `length` is a number of bytes_of, which waits for this call.
+                    unsafe { *length = filled };
+                }
+                code
             })
         })??;
         let mut names = split_nul(&names).map(|name| utf8(name, what)).collect::<Result<Vec<_>, _>>()?;
