@@ -1,7 +1,12 @@
 //! The cluster that tests run on, and names in it that no other test uses.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::rbd::{Cluster, ClusterOptions, Patience};
 
 use crate::driver::{Driver, Spec};
 
@@ -31,6 +36,12 @@ impl TestCluster {
         found
     }
 
+    /// The client under test. `limit`: how long one call may take.
+    pub fn connect(&self, limit: Duration) -> Cluster {
+        let options = ClusterOptions { conf: Some(self.conf.clone()), ..ClusterOptions::default() };
+        Cluster::connect(&options, Patience { limit, cancel: Cancel::new() }).expect("the cluster answers")
+    }
+
     /// A second client of the cluster.
     pub fn driver(&self) -> Driver {
         Driver::start(&self.conf).expect("the driver starts")
@@ -44,11 +55,13 @@ impl TestCluster {
 pub fn skip(test: &str, why: &str) {
     let set = |name: &str| std::env::var(name).is_ok_and(|value| !matches!(&*value, "" | "0" | "false"));
     assert!(!set("RBD2QCOW2_REQUIRE_TOOLS") && !set("CI"), "{test} cannot run: {why}");
-    // Past the test harness, which hides what tests that pass have printed.
-    let _ = std::io::Write::write_all(
-        &mut std::io::stderr().lock(),
-        format!("\nSKIPPED {test}: {why}\n").as_bytes(),
-    );
+    say(&format!("SKIPPED {test}: {why}"));
+}
+
+/// Prints a line past the test harness, which hides what tests that pass have printed.
+pub fn say(line: &str) {
+    // Nobody reads it, perhaps; that is no reason to fail.
+    let _ = std::io::stderr().lock().write_all(format!("\n{line}\n").as_bytes());
 }
 
 /// A name that no other test of this or another process uses.

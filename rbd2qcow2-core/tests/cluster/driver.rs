@@ -104,7 +104,7 @@ impl Layout {
     fn with(&self, mut more: Value) -> Value {
         more["order"] = json!(self.order);
         more["features"] = json!(self.features.map(|features| {
-            let striping = self.stripe.map(|_| "striping");
+            let striping = self.stripe.filter(|stripe| stripe.1 > 1).map(|_| "striping");
             features.iter().copied().chain(striping).collect::<Vec<_>>()
         }));
         more["stripe_unit"] = json!(self.stripe.map(|stripe| stripe.0));
@@ -295,6 +295,9 @@ impl Driver {
 
     /// Makes `child` a clone of a parent's snapshot, which need not be protected.
     pub fn clone(&self, parent: &Spec, snapshot: &str, child: &Spec, layout: &Layout) -> Result<()> {
+        let mut layout = layout.clone();
+        // A clone would take its parent's stripe unit, which may be more than its own object size.
+        layout.stripe = layout.stripe.or(layout.order.map(|order| (1 << order, 1)));
         self.act("clone", layout.with(json!({ "parent": parent, "snapshot": snapshot, "spec": child })))
     }
 

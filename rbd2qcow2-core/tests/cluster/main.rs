@@ -4,6 +4,7 @@
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 mod cluster;
+mod diff_truth;
 // Complete, whichever commands the tests of the day need.
 #[allow(dead_code)]
 mod driver;
