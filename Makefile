@@ -1,0 +1,40 @@
+# Entry points for people and for CI. What they do is in scripts/.
+.DEFAULT_GOAL := help
+.PHONY: help build test demo fmt lint doc fuzz-short bench clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build the program: target/release/rbd2qcow2
+	scripts/install-deps build
+	cargo build --release
+
+test: ## Install what is missing and run every check, as CI does
+	scripts/install-deps build test
+	scripts/ci-checks
+
+demo: ## Back up and prove a disposable Ceph image, from nothing
+	scripts/demo
+
+fmt: ## Format the sources
+	cargo fmt --all
+
+lint: ## Check formatting, scripts and clippy
+	scripts/ci-checks scripts fmt clippy clippy-without-rbd
+
+doc: ## Build the libraries' documentation
+	scripts/ci-checks doc
+
+fuzz-short: ## Run each fuzz target for FUZZ_SECONDS (20)
+	scripts/ci-checks fuzz
+
+# In memory, because a disk's moods drown the differences; with Ceph's own timing,
+# because that of a snapshot is a part of what is measured.
+bench: ## Run the benchmarks against a disposable cluster
+	scripts/install-deps build test
+	dir=$$(mktemp -d -p "$$(test -w /dev/shm && echo /dev/shm || echo /tmp)") && \
+		scripts/ceph-cluster run "$$dir" --default-paxos -- cargo bench --workspace
+
+clean: ## Remove everything that was built
+	cargo clean
+	rm -rf fuzz/target fuzz/corpus fuzz/artifacts fuzz/coverage
