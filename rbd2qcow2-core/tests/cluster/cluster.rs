@@ -85,3 +85,85 @@ macro_rules! cluster_or_skip {
         }
     };
 }
+
+/// A cluster of one OSD that a test may freeze. It is gone when this is dropped.
+#[derive(Debug)]
+pub struct OwnCluster {
+    dir: tempfile::TempDir,
+    pub cluster: TestCluster,
+}
+
+impl OwnCluster {
+    /// Starts one, which takes some seconds.
+    pub fn start() -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let cluster = TestCluster { conf: dir.path().join("ceph.conf") };
+        let own = Self { dir, cluster };
+        own.script(&["start"], &["--osds", "1"]);
+        own
+    }
+
+    /// Freezes the OSD: what is asked of it gets no answer.
+    pub fn pause_osd(&self) {
+        self.script(&["osd-pause"], &["0"]);
+        self.wait_until_frozen("osd.0");
+    }
+
+    pub fn resume_osd(&self) {
+        self.script(&["osd-resume"], &["0"]);
+    }
+
+    /// Freezes the monitor.
+    pub fn pause_mon(&self) {
+        self.script(&["mon-pause"], &[]);
+        self.wait_until_frozen("mon.a");
+    }
+
+    pub fn resume_mon(&self) {
+        self.script(&["mon-resume"], &[]);
+    }
+
+    /// A stop signal is sent at once and heeded by each thread when it next runs, on a busy machine
+    /// after it has answered a request or two.
+    fn wait_until_frozen(&self, daemon: &str) {
+        let pid = std::fs::read_to_string(self.dir.path().join(format!("run/{daemon}.pid"))).expect("a pid");
+        let frozen = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = task.and_then(|task| std::fs::read_to_string(task.path().join("status")));
+            status.is_ok_and(|status| status.contains("\nState:\tT"))
+        };
+        for _ in 0..1000 {
+            if std::fs::read_dir(format!("/proc/{}/task", pid.trim())).expect("its threads").all(frozen) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{daemon} did not freeze");
+    }
+
+    fn script(&self, command: &[&str], arguments: &[&str]) {
+        let output = self.run(command, arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "ceph-cluster {command:?} failed ({}): {said}", output.status);
+    }
+
+    fn run(&self, command: &[&str], arguments: &[&str]) -> std::process::Output {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/ceph-cluster");
+        std::process::Command::new(script)
+            .args(command)
+            .arg(self.dir.path())
+            .args(arguments)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .unwrap_or_else(|error| panic!("cannot run {script}: {error}"))
+    }
+}
+
+impl Drop for OwnCluster {
+    fn drop(&mut self) {
+        // Thaws what is frozen, stops everything and removes the directory.
+        let output = self.run(&["stop"], &[]);
+        if !output.status.success() {
+            say(&format!("a cluster was not stopped: {}", String::from_utf8_lossy(&output.stderr)));
+        }
+    }
+}

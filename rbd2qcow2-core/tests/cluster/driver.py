@@ -263,6 +263,8 @@ FEATURES = {
     "fast-diff": rbd.RBD_FEATURE_FAST_DIFF,
     "deep-flatten": rbd.RBD_FEATURE_DEEP_FLATTEN,
     "journaling": rbd.RBD_FEATURE_JOURNALING,
+    "data-pool": rbd.RBD_FEATURE_DATA_POOL,
+    "operations": rbd.RBD_FEATURE_OPERATIONS,
 }
 
 

@@ -9,3 +9,4 @@ mod diff_truth;
 #[allow(dead_code)]
 mod driver;
 mod driver_check;
+mod handles;
