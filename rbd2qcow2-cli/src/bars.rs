@@ -60,7 +60,7 @@ struct Running {
 impl Bars {
     /// Bars that `multi` draws.
     pub fn new(multi: &MultiProgress) -> Self {
-        let total = multi.add(ProgressBar::new(0).with_style(style()).with_prefix("total"));
+        let total = multi.add(ProgressBar::new(1).with_style(style()).with_prefix("total"));
         Self { multi: multi.clone(), total, total_reads: ProgressBar::hidden(), state: Mutex::default() }
     }
 
@@ -73,7 +73,7 @@ impl Bars {
 
     /// An image has begun.
     pub fn started(&self, image: &str, progress: &Arc<Progress>) {
-        let bar = ProgressBar::new(0).with_style(style()).with_prefix(human::name(image));
+        let bar = ProgressBar::new(1).with_style(style()).with_prefix(human::name(image));
         let bar = self.multi.insert_before(&self.total, bar);
         let running = Running {
             image: image.to_owned(),
@@ -148,19 +148,20 @@ impl Running {
         let read = self.progress.read.get();
         self.reads.set_position(read);
         self.reads.tick();
-        self.bar.set_length(size);
+        // A bar of no length would look full while the size is still unknown.
+        self.bar.set_length(size.max(1));
         self.bar.set_position(scanned.min(size));
         let mut message = stages::word(self.stage).to_owned();
         if self.stage == Stage::Copy {
             // Writing to a string cannot fail.
             let _ = write!(
                 message,
-                " {} of {}, {} read, {}{}",
-                HumanBytes(scanned),
-                HumanBytes(size),
+                " {} read, {}{}; at {} of {}",
                 HumanBytes(read),
                 human::speed(self.reads.per_sec()),
                 remaining(&self.bar),
+                HumanBytes(scanned),
+                HumanBytes(size),
             );
         }
         self.bar.set_message(message);
@@ -175,9 +176,10 @@ impl Running {
     }
 }
 
-/// What a bar looks like. The message is cut where the terminal ends.
+/// What a bar looks like. The message is cut where the terminal ends: on 80 columns an image's message
+/// keeps its first 39 characters.
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("{prefix:20!} [{bar:24}] {percent:>3}% {wide_msg}")
+    ProgressStyle::with_template("{prefix:16!} [{bar:16}] {percent:>3}% {wide_msg}")
         .expect("a constant template is well-formed")
         .progress_chars("=> ")
 }
@@ -215,7 +217,8 @@ mod tests {
         assert_eq!(bars.total.length(), Some(4000));
         assert!(bars.total.message().starts_with("1/4 images, 2.00 GiB read"), "{}", bars.total.message());
         let message = bars.state().running[0].bar.message();
-        assert!(message.starts_with("copy 8.00 TiB of 16.00 TiB, 1.00 GiB read"), "{message}");
+        assert!(message.starts_with("copy 1.00 GiB read, "), "{message}");
+        assert!(message.ends_with("; at 8.00 TiB of 16.00 TiB"), "{message}");
     }
 
     #[test]

@@ -156,10 +156,11 @@ impl Observer for Reporter<'_> {
         self.write_json(report);
         let clock = self.state().clocks.remove(&report.image).unwrap_or_default();
         if report.status == Status::Failed || !self.quiet {
-            self.console.line(&image_line(report, self.dry_run));
-        }
-        if self.verbose && report.status != Status::Skipped {
-            self.console.line(&stages::describe(report, &clock, Instant::now()));
+            let mut text = image_line(report, self.dry_run);
+            if self.verbose && report.status != Status::Skipped {
+                text = format!("{text}\n{}", stages::describe(report, &clock, Instant::now()));
+            }
+            self.console.line(&text);
         }
     }
 }
