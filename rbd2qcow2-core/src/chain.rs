@@ -1,1 +1,408 @@
 //! The directory of one image: its points, their files and how they come to be.
+//!
+//! Whoever reads takes a [`Catalogue`]. Whoever adds a point opens a [`ChainWriter`], which locks the
+//! directory and clears away what killed runs left there; [begins](ChainWriter::begin) a
+//! [`PendingLayer`], has the layer written to its [path](PendingLayer::layer_path), and
+//! [commits](PendingLayer::commit) it. A point exists from the moment its layer has its name, which
+//! is one rename; everything else about the point is on stable storage before that.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Access;
+
+mod announcement;
+pub mod catalogue;
+pub mod digests;
+pub mod durable;
+mod error;
+pub mod lock;
+pub mod manifest;
+pub mod names;
+
+pub use announcement::Announcement;
+pub use catalogue::{Catalogue, Kind, Point, Problem, images_in};
+pub use error::ChainError;
+pub use manifest::{Manifest, Record};
+pub use names::{ChainId, ImageName, PointName, SnapshotName};
+
+use crate::qcow2::header::{Header, HeaderError};
+use crate::qcow2::open_regular;
+use digests::DigestWriter;
+use lock::ChainLock;
+use names::{FileKind, NameError, PointFile};
+
+/// Name of the note about a snapshot of a chain without points.
+const ANNOUNCEMENT_FILE: &str = ".pending.json";
+
+/// Its name while it is being written.
+const ANNOUNCEMENT_PARTIAL: &str = ".pending.json.partial";
+
+/// The directory where the points of `image` are, in the destination `dest`. It need not exist.
+#[must_use]
+pub fn image_directory(dest: &Path, image: &ImageName) -> PathBuf {
+    dest.join(image.encoded())
+}
+
+/// The directory of one image, locked for writing until this is dropped.
+#[derive(Debug)]
+pub struct ChainWriter {
+    directory: PathBuf,
+    image: ImageName,
+    catalogue: Catalogue,
+    /// What killed runs had left behind.
+    removed: Vec<PathBuf>,
+    /// Held for its drop.
+    _lock: ChainLock,
+}
+
+/// What a new layer is going to be.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerPlan<'a> {
+    /// Its point, newer than all others: see [`ChainWriter::next_point`].
+    pub point: PointName,
+    /// The point to build upon; `None` for a full backup.
+    pub parent: Option<&'a Point>,
+    /// Bytes of a cluster.
+    pub cluster_size: u32,
+}
+
+/// A point that was made.
+#[derive(Clone, Debug)]
+pub struct Committed {
+    /// Its layer.
+    pub path: PathBuf,
+    /// What the layer takes on disk, in bytes.
+    pub layer_bytes: u64,
+    /// What was recorded.
+    pub manifest: Manifest,
+}
+
+impl ChainWriter {
+    /// Opens the directory of `image` in the destination `dest`, which must exist, for writing:
+    /// creates the directory where there is none, locks it without waiting, and removes what killed
+    /// runs left behind (see [`removed`](Self::removed)). Files that the program did not make are
+    /// never touched.
+    ///
+    /// # Errors
+    /// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`],
+    /// [`ChainError::DestinationNotWritable`], [`ChainError::Locked`], [`ChainError::Io`].
+    pub fn open(dest: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        check_destination(dest)?;
+        let directory = image_directory(dest, image);
+        durable::create_directory(&directory, dest)?;
+        let metadata = fs::symlink_metadata(&directory).map_err(ChainError::io("look at", &directory))?;
+        if !metadata.is_dir() {
+            return Err(ChainError::NotADirectory { path: directory });
+        }
+        let lock = ChainLock::exclusive(&directory)?;
+        let catalogue = Catalogue::read(&directory, image)?;
+        let mut writer =
+            Self { directory, image: image.clone(), catalogue, removed: Vec::new(), _lock: lock };
+        writer.clean()?;
+        Ok(writer)
+    }
+
+    /// Removes the left-overs that the catalogue found, and a note that has served its purpose.
+    fn clean(&mut self) -> Result<(), ChainError> {
+        for path in self.catalogue.leftovers() {
+            log::info!("removing {}, left behind by an interrupted run", path.display());
+            if durable::remove(path)? {
+                self.removed.push(path.clone());
+            }
+        }
+        if !self.removed.is_empty() {
+            durable::sync_directory(&self.directory)?;
+        }
+        // Once a manifest bears the chain's id, the note is no longer needed: the run that made it
+        // was killed between its commit and the removal of the note. The snapshot it names is that
+        // of a point now, and must not be deleted on the note's account.
+        if let Ok(Some(announcement)) = self.announced()
+            && self.catalogue.chain_ids().contains(&announcement.snapshot.chain)
+        {
+            self.clear_announcement()?;
+        }
+        self.refresh()
+    }
+
+    /// Reads the directory again, after a commit for instance.
+    ///
+    /// # Errors
+    /// Those of [`Catalogue::read`].
+    pub fn refresh(&mut self) -> Result<(), ChainError> {
+        self.catalogue = Catalogue::read(&self.directory, &self.image)?;
+        Ok(())
+    }
+
+    /// What the directory held when it was opened, or at the last [`refresh`](Self::refresh).
+    #[must_use]
+    pub fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
+    /// The directory of the image.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The files of killed runs that were removed when the directory was opened.
+    #[must_use]
+    pub fn removed(&self) -> &[PathBuf] {
+        &self.removed
+    }
+
+    /// The name for a point taken `now`, and whether the clock stands at or before the newest point
+    /// (the name is then one second after that point's).
+    ///
+    /// # Errors
+    /// [`ChainError::Name`] when the time cannot be named.
+    pub fn next_point(&self, now: jiff::Timestamp) -> Result<(PointName, bool), ChainError> {
+        PointName::next_after(self.catalogue.last_name(), now).map_err(|cause| self.name_error(cause))
+    }
+
+    fn name_error(&self, cause: NameError) -> ChainError {
+        ChainError::Name { path: self.directory.clone(), cause }
+    }
+
+    /// Begins a layer: reserves the names of its files and creates the file of digests. Nothing is
+    /// visible to readers until [`PendingLayer::commit`].
+    ///
+    /// # Errors
+    /// [`ChainError::NotNewest`], [`ChainError::ParentUnsound`], [`ChainError::Io`],
+    /// [`ChainError::Digests`].
+    pub fn begin(&self, plan: LayerPlan<'_>) -> Result<PendingLayer<'_>, ChainError> {
+        let LayerPlan { point, parent, cluster_size } = plan;
+        if let Some(newest) = self.catalogue.last_name()
+            && point <= newest
+        {
+            return Err(ChainError::NotNewest { path: self.directory.clone(), point, newest });
+        }
+        let parent = parent.map(|parent| parent.name);
+        if let Some(parent) = parent {
+            self.catalogue.ancestry(parent).map_err(|cause| ChainError::ParentUnsound {
+                path: self.directory.clone(),
+                point: parent,
+                cause: cause.into(),
+            })?;
+        }
+        let paths = Paths::new(self, point);
+        let digests = DigestWriter::create(&paths.digests_partial, cluster_size)?;
+        let files = vec![paths.layer_partial.clone(), paths.digests_partial.clone()];
+        Ok(PendingLayer { writer: self, point, parent, cluster_size, paths, digests: Some(digests), files })
+    }
+
+    /// Notes durably that a snapshot is about to be made for a chain that has no point yet. Must
+    /// return before the snapshot is made. Replaces an older note, whose snapshot must be gone by
+    /// then.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`]; the snapshot must then not be made.
+    pub fn announce(&self, announcement: &Announcement) -> Result<(), ChainError> {
+        announcement.write(&self.directory, &self.image)
+    }
+
+    /// The note of a run that was killed before the first point of its chain was committed. The
+    /// snapshot it names may exist, belongs to no point, and may be deleted; then
+    /// [`clear_announcement`](Self::clear_announcement).
+    ///
+    /// # Errors
+    /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
+    pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
+        Announcement::read(&self.directory, &self.image)
+    }
+
+    /// Removes the note, durably: after the first commit of the chain, or when the snapshot is gone.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`]; the next run finds the note and clears it.
+    pub fn clear_announcement(&self) -> Result<(), ChainError> {
+        Announcement::clear(&self.directory)
+    }
+}
+
+/// Checks that `dest` is a directory in which something can be created.
+fn check_destination(dest: &Path) -> Result<(), ChainError> {
+    let path = dest.to_owned();
+    match fs::metadata(dest) {
+        Ok(metadata) if !metadata.is_dir() => return Err(ChainError::NotADirectory { path }),
+        Ok(_) => {}
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(ChainError::DestinationMissing { path });
+        }
+        Err(error) => return Err(ChainError::io("look at the destination", dest)(error)),
+    }
+    rustix::fs::access(dest, Access::WRITE_OK | Access::EXEC_OK)
+        .map_err(|error| ChainError::DestinationNotWritable { path, cause: error.into() })
+}
+
+/// Where the files of a point are, and where they are while they are being written.
+#[derive(Debug)]
+struct Paths {
+    layer: PathBuf,
+    layer_partial: PathBuf,
+    manifest: PathBuf,
+    manifest_partial: PathBuf,
+    digests: PathBuf,
+    digests_partial: PathBuf,
+}
+
+impl Paths {
+    fn new(writer: &ChainWriter, point: PointName) -> Self {
+        let paths = |kind| {
+            let file = PointFile { image: writer.image.clone(), point, kind };
+            (writer.directory.join(file.file_name()), writer.directory.join(file.partial_name()))
+        };
+        let (layer, layer_partial) = paths(FileKind::Layer);
+        let (manifest, manifest_partial) = paths(FileKind::Manifest);
+        let (digests, digests_partial) = paths(FileKind::Digests);
+        Self { layer, layer_partial, manifest, manifest_partial, digests, digests_partial }
+    }
+}
+
+/// A layer that is being written. Dropping it removes whatever was written;
+/// [`commit`](Self::commit) makes it a point.
+#[derive(Debug)]
+#[must_use]
+pub struct PendingLayer<'w> {
+    writer: &'w ChainWriter,
+    point: PointName,
+    parent: Option<PointName>,
+    cluster_size: u32,
+    paths: Paths,
+    /// `None` only within [`commit`](Self::commit).
+    digests: Option<DigestWriter>,
+    /// The files that exist, or may, and go with this unless it is committed. The layer is first: it
+    /// is what takes up room.
+    files: Vec<PathBuf>,
+}
+
+impl PendingLayer<'_> {
+    /// Where the layer is to be written. Nothing is there yet.
+    #[must_use]
+    pub fn layer_path(&self) -> &Path {
+        &self.paths.layer_partial
+    }
+
+    /// The backing file to name in the layer's header, as it is to stand there: the file name of the
+    /// parent's layer, in the same directory. `None` for a full backup.
+    #[must_use]
+    pub fn backing_name(&self) -> Option<String> {
+        let image = self.writer.image.clone();
+        self.parent.map(|point| PointFile { image, point, kind: FileKind::Layer }.file_name())
+    }
+
+    /// The point that this becomes.
+    #[must_use]
+    pub fn point(&self) -> PointName {
+        self.point
+    }
+
+    /// Takes the digests of what the layer provides.
+    ///
+    /// # Panics
+    /// Never: it is there until the commit.
+    #[must_use]
+    pub fn digests(&self) -> &DigestWriter {
+        self.digests.as_ref().expect("only the commit takes it")
+    }
+
+    /// Makes the layer a point. The layer's writer must have finished: all data flushed, the file
+    /// closed.
+    ///
+    /// In this order: the digests are completed and synced; the layer's header is read once more and
+    /// compared with `record`, the layer is made read-only and synced; the manifest is written aside
+    /// and synced; digests and manifest get their names and the directory is synced; the layer gets
+    /// its name, which is the commit; the directory is synced again.
+    ///
+    /// # Errors
+    /// With [`ChainError::CommitUncertain`] the point has its name, but may not survive a power
+    /// failure; it must not count as made, nor may it be deleted. After every other error the point
+    /// does not exist and its files were removed, or, where even that failed, will be removed by the
+    /// next run; all other points are as they were. If the process dies, the same holds: a point
+    /// without its layer's name is removed by the next run, and one with it is complete.
+    pub fn commit(mut self, record: Record) -> Result<Committed, ChainError> {
+        let Some(digests) = self.digests.take() else { unreachable!("only the commit takes it") };
+        let digests = digests.finish()?;
+        let (file_bytes, layer_bytes) = self.seal_layer(&record)?;
+        let manifest = Manifest {
+            tool: Manifest::this_tool(),
+            image: self.writer.image.clone(),
+            point: self.point,
+            parent: self.parent,
+            record,
+            file_bytes,
+            layer_bytes,
+            digests,
+        };
+        let bytes = manifest.to_bytes();
+        let bytes =
+            bytes.map_err(|cause| ChainError::Manifest { path: self.paths.manifest.clone(), cause })?;
+        durable::write_aside(&self.paths.manifest_partial, &bytes)?;
+        durable::rename_new(&self.paths.digests_partial, &self.paths.digests)?;
+        self.files.push(self.paths.digests.clone());
+        durable::rename_new(&self.paths.manifest_partial, &self.paths.manifest)?;
+        self.files.push(self.paths.manifest.clone());
+        // A power failure must not keep the layer's name and lose the manifest's.
+        durable::sync_directory(&self.writer.directory)?;
+        durable::rename_new(&self.paths.layer_partial, &self.paths.layer)?;
+        self.files.clear();
+        let path = self.paths.layer.clone();
+        match durable::sync_directory(&self.writer.directory) {
+            Ok(()) => Ok(Committed { path, layer_bytes, manifest }),
+            Err(cause) => Err(ChainError::CommitUncertain { path, cause: cause.into() }),
+        }
+    }
+
+    /// Checks the finished layer, makes it read-only and brings it to stable storage. Returns the
+    /// length of its file and what it takes on disk, in bytes.
+    fn seal_layer(&self, record: &Record) -> Result<(u64, u64), ChainError> {
+        let path = self.layer_path();
+        let unusable = |cause| ChainError::LayerUnusable { path: path.to_owned(), cause };
+        let opened = open_regular(path).map_err(ChainError::io("open the layer", path))?;
+        let (file, metadata) = opened.ok_or_else(|| unusable(HeaderError::NotARegularFile))?;
+        let header = Header::read_from(&file, metadata.len()).map_err(unusable)?;
+        header.check_restore_point().map_err(unusable)?;
+        let backing = header.chain_backing().map_err(unusable)?;
+        self.check_planned("backing file", backing, self.backing_name().as_deref())?;
+        self.check_planned("virtual size", Some(header.virtual_size), Some(record.layer_size()))?;
+        let cluster_size = Some(header.cluster_bits.size());
+        self.check_planned("cluster size", cluster_size, Some(self.cluster_size.into()))?;
+        self.check_planned("recorded cluster size", Some(record.cluster_size), Some(self.cluster_size))?;
+        self.check_planned("use of extended L2", Some(header.extended_l2), Some(record.extended_l2))?;
+        // The writer synced it; what that missed is written, or fails, here.
+        durable::seal(&file, path)?;
+        let metadata = file.metadata().map_err(ChainError::io("look at", path))?;
+        Ok((metadata.len(), metadata.blocks().saturating_mul(512)))
+    }
+
+    fn check_planned<T: PartialEq + ToString>(
+        &self,
+        what: &'static str,
+        found: Option<T>,
+        planned: Option<T>,
+    ) -> Result<(), ChainError> {
+        if found == planned {
+            return Ok(());
+        }
+        let text = |value: Option<T>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
+        let path = self.layer_path().to_owned();
+        Err(ChainError::LayerNotAsPlanned { path, what, found: text(found), planned: text(planned) })
+    }
+}
+
+impl Drop for PendingLayer<'_> {
+    fn drop(&mut self) {
+        for path in &self.files {
+            if let Err(error) = durable::remove(path) {
+                // The reason for the drop is reported by whoever dropped it.
+                log::warn!("{error}; the next run tries again");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

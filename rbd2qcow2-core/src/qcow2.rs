@@ -1,1 +1,25 @@
-//! The qcow2 file format.
+//! The qcow2 file format, as described in QEMU's `docs/interop/qcow2.txt`.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+pub mod header;
+
+/// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
+/// not followed, a pipe is not waited for. `None` for whatever is no regular file.
+///
+/// # Errors
+/// What `open(2)` and `fstat(2)` say.
+pub(crate) fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    match File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
+        Ok(file) => {
+            let metadata = file.metadata()?;
+            Ok(metadata.is_file().then_some((file, metadata)))
+        }
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => Ok(None),
+        Err(error) => Err(error),
+    }
+}

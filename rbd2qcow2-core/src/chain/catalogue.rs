@@ -1,0 +1,560 @@
+//! What the directory of an image holds: the points, how they build upon each other, and whatever is
+//! wrong.
+//!
+//! Two kinds of points are understood: this program's, and those of the Python rbd2qcow2, which are
+//! named by a unix time, have no manifest, and whose first layer has the backing file `empty.qcow2`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::error::ChainError;
+use super::lock::LOCK_FILE;
+use super::manifest::{Manifest, ManifestError, SECTOR};
+use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
+use super::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL};
+use crate::qcow2::header::Header;
+
+mod problem;
+
+pub use problem::Problem;
+
+/// The empty image that the first layers of the Python tool build upon. Not a point.
+pub const PYTHON_ROOT: &str = "empty.qcow2";
+
+/// Whether a point stands alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Holds the whole image.
+    Full,
+    /// Holds what changed since its parent.
+    Incremental,
+}
+
+/// A point of an image: a layer that is there, sound or not.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Point {
+    /// Its name.
+    pub name: PointName,
+    /// Its layer.
+    pub path: PathBuf,
+    /// Whether it stands alone; `None` when neither header nor manifest can be read.
+    pub kind: Option<Kind>,
+    /// The point it builds upon, which need not exist.
+    pub parent: Option<PointName>,
+    /// The layer's header, unless it is unreadable.
+    pub header: Option<Header>,
+    /// The manifest. Points of the Python tool have none; otherwise its absence is a problem, but
+    /// one that leaves the layer readable.
+    pub manifest: Option<Manifest>,
+    /// What the layer takes on disk, in bytes.
+    pub layer_bytes: u64,
+    /// The length of the layer's file, in bytes.
+    pub file_bytes: u64,
+    /// Whether the point can be read: its layer and all that it builds upon are there and fit
+    /// together. Says nothing of their content.
+    pub sound: bool,
+    /// The first problem of the layer itself that keeps it from being read: its place in the list.
+    fatal: Option<usize>,
+}
+
+impl Point {
+    /// The image's size in bytes: exact where there is a manifest, else the layer's, which is
+    /// rounded up to 512.
+    #[must_use]
+    pub fn virtual_size(&self) -> Option<u64> {
+        let recorded = self.manifest.as_ref().map(|manifest| manifest.record.virtual_size);
+        recorded.or(self.header.as_ref().map(|header| header.virtual_size))
+    }
+
+    /// The name of the RBD snapshot that the point was taken from.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<String> {
+        match &self.manifest {
+            Some(manifest) => Some(manifest.record.snapshot.clone()),
+            // The Python tool names both alike.
+            None => self.name.is_python().then(|| self.name.to_string()),
+        }
+    }
+}
+
+/// The directories of images in a destination.
+#[derive(Clone, Debug, Default)]
+pub struct Images {
+    /// The images, in the order of their names.
+    pub images: Vec<ImageName>,
+    /// What else is there.
+    pub foreign: Vec<PathBuf>,
+}
+
+/// Lists the images that have a directory in the destination `dest`: one whose name is that of an
+/// image and that holds a lock file or a file of that image. Reads the directories' names only.
+///
+/// # Errors
+/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::Io`].
+pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
+    let mut found = Images::default();
+    for (name, path) in entries(dest, || ChainError::DestinationMissing { path: dest.to_owned() })? {
+        let image = name.and_then(|name| ImageName::decode(&name).ok());
+        match image {
+            Some(image) if is_image_directory(&path, &image)? => found.images.push(image),
+            _ => found.foreign.push(path),
+        }
+    }
+    found.images.sort();
+    Ok(found)
+}
+
+fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError> {
+    let metadata = fs::symlink_metadata(path).map_err(ChainError::io("look at", path))?;
+    if !metadata.is_dir() {
+        return Ok(false);
+    }
+    let names = entries(path, || ChainError::NoSuchImage { path: path.to_owned() })?;
+    let ours =
+        |name: &str| name == LOCK_FILE || PointFile::parse(name).is_some_and(|file| file.image == *image);
+    Ok(names.iter().any(|(name, _)| name.as_deref().is_some_and(ours)))
+}
+
+/// The entries of a directory, sorted: their name where it is text, and their path.
+fn entries(
+    directory: &Path,
+    missing: impl FnOnce() -> ChainError,
+) -> Result<Vec<(Option<String>, PathBuf)>, ChainError> {
+    let listed = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return Err(ChainError::NotADirectory { path: directory.to_owned() });
+        }
+        other => other.map_err(ChainError::io("list the directory", directory))?,
+    };
+    let mut found = Vec::new();
+    for entry in listed {
+        let entry = entry.map_err(ChainError::io("list the directory", directory))?;
+        found.push((entry.file_name().into_string().ok(), entry.path()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What the directory of an image held when it was read.
+///
+/// Nothing here is locked: where another run may write meanwhile, take a
+/// [`ChainLock`](super::lock::ChainLock) first, or expect to see a moment in between. (Points appear
+/// whole in any case.)
+#[derive(Clone, Debug)]
+pub struct Catalogue {
+    directory: PathBuf,
+    image: ImageName,
+    /// By name, so by time.
+    points: Vec<Point>,
+    problems: Vec<Problem>,
+    /// Files that a killed run left behind.
+    leftovers: Vec<PathBuf>,
+    /// The newest name that any file of the image bears.
+    last_name: Option<PointName>,
+}
+
+impl Catalogue {
+    /// Reads `directory`, which holds the points of `image`. Reads the header of every layer and
+    /// every manifest, no image data. Whatever is wrong with single points becomes a [`Problem`].
+    ///
+    /// # Errors
+    /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::Io`] when the
+    /// directory cannot be listed.
+    pub fn read(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        let mut files = Files::sort(directory, image)?;
+        let mut catalogue = Self {
+            directory: directory.to_owned(),
+            image: image.clone(),
+            points: Vec::new(),
+            problems: std::mem::take(&mut files.problems),
+            leftovers: Vec::new(),
+            last_name: files.by_point.keys().next_back().copied(),
+        };
+        for (&name, of_point) in &files.by_point {
+            if of_point.layer == Presence::File {
+                let point = catalogue.read_point(name, of_point);
+                catalogue.points.push(point);
+            }
+        }
+        catalogue.find_soundness();
+        catalogue.find_leftovers(&files);
+        Ok(catalogue)
+    }
+
+    /// The points, the oldest first.
+    #[must_use]
+    pub fn points(&self) -> &[Point] {
+        &self.points
+    }
+
+    /// The newest point, sound or not.
+    #[must_use]
+    pub fn newest(&self) -> Option<&Point> {
+        self.points.last()
+    }
+
+    /// The point of the given name.
+    #[must_use]
+    pub fn point(&self, name: PointName) -> Option<&Point> {
+        self.index(name).map(|index| &self.points[index])
+    }
+
+    /// Everything that is wrong in the directory.
+    #[must_use]
+    pub fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// What killed runs left behind: files being written, and manifests and digests without their
+    /// layer. The next run that writes removes them.
+    #[must_use]
+    pub fn leftovers(&self) -> &[PathBuf] {
+        &self.leftovers
+    }
+
+    /// The newest name that is in use, also by damaged points: the next one must be newer.
+    #[must_use]
+    pub fn last_name(&self) -> Option<PointName> {
+        self.last_name
+    }
+
+    /// The ids of all chains that have points here, that of the newest point last. A directory has
+    /// several when backups began anew.
+    #[must_use]
+    pub fn chain_ids(&self) -> Vec<ChainId> {
+        let mut ids = Vec::new();
+        for manifest in self.points.iter().filter_map(|point| point.manifest.as_ref()) {
+            ids.retain(|id| *id != manifest.record.chain);
+            ids.push(manifest.record.chain);
+        }
+        ids
+    }
+
+    /// The directory that was read.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The image whose points these are.
+    #[must_use]
+    pub fn image(&self) -> &ImageName {
+        &self.image
+    }
+
+    /// The point of the given name and everything that it builds upon: itself first, the full backup
+    /// last.
+    ///
+    /// # Errors
+    /// The first problem on the way that keeps the point from being read. [`Problem::NoSuchPoint`]
+    /// when there is no such point.
+    pub fn ancestry(&self, name: PointName) -> Result<Vec<&Point>, Problem> {
+        let mut found = Vec::new();
+        let mut next = Some(name);
+        // Ends: a parent that is not older than its child is a fatal problem of the child.
+        while let Some(name) = next {
+            let point = self.point(name).ok_or_else(|| self.no_such_point(name))?;
+            if let Some(fatal) = point.fatal {
+                return Err(self.problems[fatal].clone());
+            }
+            found.push(point);
+            next = point.parent;
+        }
+        Ok(found)
+    }
+
+    fn no_such_point(&self, point: PointName) -> Problem {
+        Problem::NoSuchPoint { path: self.path_of(point, FileKind::Layer), point }
+    }
+
+    fn index(&self, name: PointName) -> Option<usize> {
+        self.points.binary_search_by_key(&name, |point| point.name).ok()
+    }
+
+    fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
+        self.directory.join(PointFile { image: self.image.clone(), point, kind }.file_name())
+    }
+
+    /// Reads header and manifest of one point and compares them.
+    fn read_point(&mut self, name: PointName, files: &OfPoint) -> Point {
+        let path = self.path_of(name, FileKind::Layer);
+        let mut examined = Examined { path: path.clone(), problems: Vec::new(), fatal: None };
+        let manifest = self.read_manifest(name, files, &mut examined);
+        let (layer_bytes, file_bytes) = match fs::symlink_metadata(&path) {
+            Ok(metadata) => (metadata.blocks().saturating_mul(512), metadata.len()),
+            Err(error) => {
+                examined.fatal(Problem::Unreadable { path: path.clone(), cause: error.into() });
+                (0, 0)
+            }
+        };
+        let header = examined.header();
+        let link = header.as_ref().and_then(|header| self.link(name, header, &mut examined));
+        if let Some(manifest) = &manifest {
+            examined.compare(manifest, header.as_ref(), link, file_bytes);
+        }
+        let link = link.or(manifest.as_ref().map(|manifest| manifest.parent));
+        let fatal = examined.fatal.map(|index| self.problems.len() + index);
+        self.problems.append(&mut examined.problems);
+        Point {
+            name,
+            path,
+            kind: link.map(|parent| if parent.is_some() { Kind::Incremental } else { Kind::Full }),
+            parent: link.flatten(),
+            header,
+            manifest,
+            layer_bytes,
+            file_bytes,
+            sound: false,
+            fatal,
+        }
+    }
+
+    fn read_manifest(&self, name: PointName, files: &OfPoint, examined: &mut Examined) -> Option<Manifest> {
+        let path = self.path_of(name, FileKind::Manifest);
+        let manifest = match Manifest::read(&path, &self.image, name) {
+            Ok(manifest) => manifest,
+            Err(ManifestError::Missing) if name.is_python() => return None,
+            Err(cause) => {
+                examined.problems.push(Problem::Manifest { path, cause: cause.into() });
+                return None;
+            }
+        };
+        let path = self.path_of(name, FileKind::Digests);
+        let expected = manifest.digests.bytes;
+        match fs::symlink_metadata(&path) {
+            // Something else of that name was reported as such.
+            _ if files.digests == Presence::Other => {}
+            Ok(metadata) if metadata.len() == expected => {}
+            Ok(metadata) => {
+                examined.problems.push(Problem::DigestsLength { path, found: metadata.len(), expected });
+            }
+            Err(_) => examined.problems.push(Problem::DigestsMissing { path }),
+        }
+        Some(manifest)
+    }
+
+    /// The parent by the header: `Some(None)` for a layer that stands alone.
+    fn link(&self, name: PointName, header: &Header, examined: &mut Examined) -> Option<Option<PointName>> {
+        let path = examined.path.clone();
+        let backing = match header.chain_backing() {
+            Ok(backing) => backing?.to_owned(),
+            Err(cause) => {
+                examined.fatal(Problem::Header { path, cause: cause.into() });
+                return None;
+            }
+        };
+        if backing == PYTHON_ROOT && name.is_python() {
+            self.check_python_root(examined);
+            return Some(None);
+        }
+        match PointFile::parse(&backing) {
+            Some(PointFile { image, point: parent, kind: FileKind::Layer })
+                if image == self.image && parent < name =>
+            {
+                if !self.directory.join(&backing).exists() {
+                    examined.fatal(Problem::ParentMissing { path, parent });
+                }
+                Some(Some(parent))
+            }
+            _ => {
+                examined.fatal(Problem::ForeignBacking { path, backing });
+                None
+            }
+        }
+    }
+
+    /// A layer upon `empty.qcow2` is a full backup as long as that really is an empty image.
+    fn check_python_root(&self, examined: &mut Examined) {
+        let path = self.directory.join(PYTHON_ROOT);
+        match Header::read(&path) {
+            Ok(root) if root.backing.is_none() && root.check_restore_point().is_ok() => {}
+            Ok(_) => {
+                let path = examined.path.clone();
+                examined.fatal(Problem::ForeignBacking { path, backing: PYTHON_ROOT.to_owned() });
+            }
+            Err(cause) => examined.fatal(Problem::Header { path, cause: cause.into() }),
+        }
+    }
+
+    /// Parents come before their children, so one pass suffices.
+    fn find_soundness(&mut self) {
+        for index in 0..self.points.len() {
+            let point = &self.points[index];
+            let below = match point.parent {
+                None => true,
+                Some(parent) => self.point(parent).is_some_and(|parent| parent.sound),
+            };
+            self.points[index].sound = below && point.fatal.is_none();
+        }
+    }
+
+    fn find_leftovers(&mut self, files: &Files) {
+        let needed: BTreeSet<PointName> = self.points.iter().filter_map(|point| point.parent).collect();
+        self.leftovers = files.partial.clone();
+        for (&name, of_point) in &files.by_point {
+            // Where a child still asks for the layer it was lost, not left over: what is known of
+            // it may be needed to mend the chain.
+            if of_point.layer != Presence::Nothing || needed.contains(&name) {
+                continue;
+            }
+            for (kind, presence) in
+                [(FileKind::Manifest, of_point.manifest), (FileKind::Digests, of_point.digests)]
+            {
+                if presence == Presence::File {
+                    self.leftovers.push(self.path_of(name, kind));
+                }
+            }
+        }
+    }
+}
+
+/// A point under examination: its layer, and what was found out about it.
+struct Examined {
+    path: PathBuf,
+    problems: Vec<Problem>,
+    /// The first one that keeps the layer from being read.
+    fatal: Option<usize>,
+}
+
+impl Examined {
+    fn fatal(&mut self, problem: Problem) {
+        self.fatal.get_or_insert(self.problems.len());
+        self.problems.push(problem);
+    }
+
+    fn header(&mut self) -> Option<Header> {
+        let path = self.path.clone();
+        match Header::read(&self.path) {
+            Ok(header) => {
+                if let Err(cause) = header.check_restore_point() {
+                    self.fatal(Problem::Header { path, cause: cause.into() });
+                }
+                Some(header)
+            }
+            Err(cause) => {
+                self.fatal(Problem::Header { path, cause: cause.into() });
+                None
+            }
+        }
+    }
+
+    /// Reports what manifest and layer do not agree about.
+    fn compare(
+        &mut self,
+        manifest: &Manifest,
+        header: Option<&Header>,
+        link: Option<Option<PointName>>,
+        file_bytes: u64,
+    ) {
+        let mut disagree = |what, layer: String, manifest: String| {
+            if layer != manifest {
+                let path = self.path.clone();
+                self.fatal(Problem::Disagreement { path, what, layer, manifest });
+            }
+        };
+        let name = |parent: Option<PointName>| parent.map_or("none".to_owned(), |parent| parent.to_string());
+        if let Some(parent) = link {
+            disagree("parent", name(parent), name(manifest.parent));
+        }
+        if let Some(header) = header {
+            let record = &manifest.record;
+            let size = record.virtual_size.next_multiple_of(SECTOR);
+            disagree("virtual size", header.virtual_size.to_string(), size.to_string());
+            let clusters = header.cluster_bits.size();
+            disagree("cluster size", clusters.to_string(), record.cluster_size.to_string());
+            disagree("extended L2", header.extended_l2.to_string(), record.extended_l2.to_string());
+        }
+        if file_bytes < manifest.file_bytes {
+            let (path, expected) = (self.path.clone(), manifest.file_bytes);
+            self.fatal(Problem::Truncated { path, found: file_bytes, expected });
+        } else {
+            disagree("file length", file_bytes.to_string(), manifest.file_bytes.to_string());
+        }
+    }
+}
+
+/// What stands at the place of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Presence {
+    #[default]
+    Nothing,
+    /// A regular file.
+    File,
+    /// Something else, which was reported.
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct OfPoint {
+    layer: Presence,
+    manifest: Presence,
+    digests: Presence,
+}
+
+/// The directory's entries by what they are.
+#[derive(Debug, Default)]
+struct Files {
+    by_point: BTreeMap<PointName, OfPoint>,
+    /// Files that were being written.
+    partial: Vec<PathBuf>,
+    problems: Vec<Problem>,
+}
+
+impl Files {
+    fn sort(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        let mut files = Self::default();
+        for (name, path) in entries(directory, || ChainError::NoSuchImage { path: directory.to_owned() })? {
+            match name {
+                Some(name) => files.take(&name, path, image),
+                None => files.problems.push(Problem::Foreign { path }),
+            }
+        }
+        Ok(files)
+    }
+
+    fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, PYTHON_ROOT].contains(&name) {
+            return;
+        }
+        let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
+        if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
+            self.partial.push(path);
+            return;
+        }
+        let Some(file) = PointFile::parse(name).filter(|file| file.image == *image) else {
+            self.problems.push(Problem::Foreign { path });
+            return;
+        };
+        let presence = match fs::symlink_metadata(&path) {
+            // Renamed or removed since the directory was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => {
+                self.problems.push(Problem::Unreadable { path, cause: error.into() });
+                Presence::Other
+            }
+            Ok(metadata) if metadata.is_file() => Presence::File,
+            Ok(metadata) if metadata.is_symlink() => {
+                self.problems.push(Problem::Symlink { path });
+                Presence::Other
+            }
+            Ok(_) => {
+                self.problems.push(Problem::NotARegularFile { path });
+                Presence::Other
+            }
+        };
+        let of_point = self.by_point.entry(file.point).or_default();
+        match file.kind {
+            FileKind::Layer => of_point.layer = presence,
+            FileKind::Manifest => of_point.manifest = presence,
+            FileKind::Digests => of_point.digests = presence,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

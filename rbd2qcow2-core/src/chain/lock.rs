@@ -1,0 +1,198 @@
+//! The lock on the directory of an image.
+//!
+//! `flock` on the file `.lock`: the kernel lets go of it when the process ends, however it ends, so
+//! a killed run never blocks the next one. The file is never removed, since a run that waits at the
+//! opened old file and one that makes a new file would both hold "the" lock.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use super::error::ChainError;
+
+/// Name of the lock file.
+pub const LOCK_FILE: &str = ".lock";
+
+/// Who keeps others out of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// A run that writes.
+    Writer {
+        /// Its process, when it could be read; one of another machine on a network file system.
+        pid: Option<u32>,
+    },
+    /// Runs that read and need the chain to stay as it is.
+    Readers,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Writer { pid: Some(pid) } => write!(f, "another run is writing this chain: process {pid}"),
+            Self::Writer { pid: None } => f.write_str("another run is writing this chain"),
+            Self::Readers => {
+                f.write_str("another run is reading this chain (a restore, a verification or a server)")
+            }
+        }
+    }
+}
+
+/// A lock that is held until this is dropped or the process ends.
+#[derive(Debug)]
+#[must_use]
+pub struct ChainLock {
+    file: File,
+    /// Whether the file says whose it is, which must end with the lock.
+    exclusive: bool,
+}
+
+impl ChainLock {
+    /// Locks the chain in `directory` for writing. Does not wait.
+    ///
+    /// # Errors
+    /// [`ChainError::Locked`] when anybody else holds the lock, [`ChainError::Io`] also where the
+    /// file system has no locks.
+    pub fn exclusive(directory: &Path) -> Result<Self, ChainError> {
+        let path = directory.join(LOCK_FILE);
+        let mut file = open(&path, true)?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {
+                let holder = holder(&mut file);
+                return Err(ChainError::Locked { path, holder });
+            }
+            other => other.map_err(ChainError::io("lock", &path))?,
+        }
+        // Only for the message to others.
+        if let Err(error) = write_pid(&mut file) {
+            log::debug!("cannot write the process id into {}: {error}", path.display());
+        }
+        Ok(Self { file, exclusive: true })
+    }
+
+    /// Locks the chain in `directory` against changes, together with other readers. Does not wait.
+    /// `None` where no lock file exists and none can be made: on a read-only file system nobody
+    /// writes either.
+    ///
+    /// # Errors
+    /// [`ChainError::Locked`] when somebody writes, [`ChainError::Io`] also where the file system
+    /// has no locks.
+    pub fn shared(directory: &Path) -> Result<Option<Self>, ChainError> {
+        let path = directory.join(LOCK_FILE);
+        let mut file = match open(&path, false) {
+            Err(ChainError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
+                match open(&path, true) {
+                    Err(ChainError::Io { cause, .. }) if is_read_only(&cause) => return Ok(None),
+                    other => other?,
+                }
+            }
+            other => other?,
+        };
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => {
+                let holder = Holder::Writer { pid: read_pid(&mut file) };
+                Err(ChainError::Locked { path, holder })
+            }
+            other => {
+                other.map_err(ChainError::io("lock", &path))?;
+                Ok(Some(Self { file, exclusive: false }))
+            }
+        }
+    }
+}
+
+impl Drop for ChainLock {
+    fn drop(&mut self) {
+        if self.exclusive {
+            // Best effort, as the writing was.
+            _ = self.file.set_len(0);
+        }
+        // Closing the file would not suffice: a child process that another thread is just starting
+        // holds a copy of it until its exec. Should this fail, closing is what remains.
+        _ = rustix::fs::flock(&self.file, FlockOperation::NonBlockingUnlock);
+    }
+}
+
+fn open(path: &PathBuf, create: bool) -> Result<File, ChainError> {
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    let mut options = File::options();
+    options.read(true).write(create).create(create).mode(0o600).custom_flags(flags.bits().cast_signed());
+    options.open(path).map_err(ChainError::io("open the lock file", path))
+}
+
+fn is_read_only(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied)
+}
+
+/// Finds out who holds the lock that was just refused.
+fn holder(file: &mut File) -> Holder {
+    // Readers let another reader in, a writer does not. The lock taken here ends with the file.
+    match rustix::fs::flock(&*file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Holder::Readers,
+        Err(_) => Holder::Writer { pid: read_pid(file) },
+    }
+}
+
+fn read_pid(file: &mut File) -> Option<u32> {
+    let mut text = String::new();
+    file.take(16).read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+fn write_pid(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn locked(result: Result<impl fmt::Debug, ChainError>) -> Holder {
+        match result {
+            Err(ChainError::Locked { holder, .. }) => holder,
+            other => panic!("not locked: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_writer_keeps_everyone_out_and_is_named() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let lock = ChainLock::exclusive(directory.path()).expect("free");
+        let writer = Holder::Writer { pid: Some(std::process::id()) };
+        assert_eq!(locked(ChainLock::exclusive(directory.path())), writer);
+        assert_eq!(locked(ChainLock::shared(directory.path())), writer);
+        let error = ChainLock::exclusive(directory.path()).expect_err("locked").to_string();
+        assert!(error.starts_with("another run is writing this chain: process "), "{error}");
+        assert!(error.contains(LOCK_FILE), "{error}");
+        drop(lock);
+        _ = ChainLock::exclusive(directory.path()).expect("free again");
+    }
+
+    #[test]
+    fn readers_share_and_keep_writers_out() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let one = ChainLock::shared(directory.path()).expect("free");
+        let two = ChainLock::shared(directory.path()).expect("shared");
+        assert!(one.is_some() && two.is_some());
+        assert_eq!(locked(ChainLock::exclusive(directory.path())), Holder::Readers);
+        drop(one);
+        assert_eq!(locked(ChainLock::exclusive(directory.path())), Holder::Readers);
+        drop(two);
+        _ = ChainLock::exclusive(directory.path()).expect("free again");
+    }
+
+    #[test]
+    fn a_link_is_not_followed() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let target = directory.path().join("precious");
+        std::os::unix::fs::symlink(&target, directory.path().join(LOCK_FILE)).expect("a link");
+        assert!(matches!(ChainLock::exclusive(directory.path()), Err(ChainError::Io { .. })));
+        assert!(!target.exists());
+    }
+}
