@@ -31,6 +31,7 @@ const EXAMPLES: &str = "\
 Examples:
   rbd2qcow2 backup rbd /backups              all images of the pool `rbd`
   rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
+  rbd2qcow2 list /backups
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -42,6 +43,14 @@ Examples:
   rbd2qcow2 backup rbd /backups --json -q             a report for programs
 
 An image whose metadata has the key `backup-skip` is skipped.";
+
+const LIST_EXAMPLES: &str = "\
+Examples:
+  rbd2qcow2 list /backups
+  rbd2qcow2 list /backups vm-1 --json
+
+Needs no cluster. A damaged chain is a warning on standard error and does not change the exit
+status; the points that can still be made out are listed.";
 
 /// Back up Ceph RBD images into chains of qcow2 files.
 ///
@@ -67,6 +76,9 @@ pub enum Command {
     /// Back up images of a pool
     #[command(after_help = format!("{BACKUP_EXAMPLES}\n\n{EXIT_STATUS}"))]
     Backup(BackupArgs),
+    /// List the backups in a directory
+    #[command(after_help = format!("{LIST_EXAMPLES}\n\n{EXIT_STATUS}"))]
+    List(ListArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -198,6 +210,17 @@ enum DiffArg {
     Fast,
 }
 
+/// The arguments of `list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Directory that holds a directory for each image
+    #[arg(value_name = "DEST")]
+    pub dest: PathBuf,
+    /// Images to list; all when none is named
+    #[arg(value_name = "IMAGE", value_parser = values::non_empty)]
+    pub images: Vec<String>,
+}
+
 impl Cli {
     /// Parses the arguments (the first is the program's name) and checks them against each other.
     ///
@@ -220,6 +243,7 @@ impl Cli {
         }
         match &self.command {
             Command::Backup(args) => args.check(),
+            Command::List(_) => Ok(()),
         }
     }
 

@@ -4,6 +4,7 @@
 //! decisions about backups are the library's.
 
 use std::io::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
 
 use signal_hook::low_level;
 
@@ -17,13 +18,16 @@ mod bars;
 mod console;
 mod human;
 mod json;
+mod list;
 mod outcome;
 mod report;
 mod stages;
+mod table;
 
 fn main() {
     let status = match Cli::from_args(std::env::args_os()) {
-        Ok(cli) => run(&cli).status(),
+        // A bug must end the process in the same way as everything else; the panic was told already.
+        Ok(cli) => panic::catch_unwind(AssertUnwindSafe(|| run(&cli))).unwrap_or(Outcome::Failed).status(),
         Err(error) => {
             // Help goes to standard output, wrong usage to standard error; who closed either does
             // not want to read it.
@@ -40,6 +44,7 @@ fn run(cli: &Cli) -> Outcome {
     console.start_log(&cli.output);
     let result = match &cli.command {
         Command::Backup(args) => backup::run(args, cli.cluster(), &cli.output, &console),
+        Command::List(args) => list::run(args, &cli.output, &console),
     };
     match result {
         Ok(outcome) => outcome,

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use rbd2qcow2_core::chain::ChainError;
 use rbd2qcow2_core::pool::PoolError;
 
 /// How a command that could begin has ended.
@@ -33,6 +34,9 @@ pub enum CommandError {
     /// No image could be looked at.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The directory of the backups could not be read.
+    #[error(transparent)]
+    Destination(ChainError),
     /// The handlers that stop a run could not be set up.
     #[error("cannot prepare for signals")]
     Signals(#[source] io::Error),

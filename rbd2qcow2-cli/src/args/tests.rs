@@ -14,6 +14,7 @@ fn run_of(line: &str) -> PoolBackup {
     let cluster = cli.cluster();
     match cli.command {
         Command::Backup(args) => args.to_run(cluster),
+        Command::List(_) => panic!("not a backup: {line}"),
     }
 }
 
@@ -79,9 +80,9 @@ fn cluster_options_may_stand_on_either_side() {
 
 #[test]
 fn conflicts_are_found_across_the_subcommand() {
-    assert!(refusal("--id a --name client.b backup rbd /d").contains("--id and --name"));
-    assert!(refusal("--id a backup rbd /d --name client.b").contains("--id and --name"));
-    assert!(refusal("-q backup rbd /d -v").contains("--quiet and --verbose"));
+    assert!(refusal("--id a --name client.b list /d").contains("--id and --name"));
+    assert!(refusal("--id a list /d --name client.b").contains("--id and --name"));
+    assert!(refusal("-q list /d -v").contains("--quiet and --verbose"));
 }
 
 #[test]
@@ -113,6 +114,8 @@ fn wrong_usage_is_refused() {
         "backup rbd /d --timeout 0",
         "backup rbd /d --progress sometimes",
         "-n admin backup rbd /d",
+        "list",
+        "list /d --exclude x",
     ] {
         refusal(line);
     }
