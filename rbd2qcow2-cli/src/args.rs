@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use rbd2qcow2_core::backup::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 

@@ -5,7 +5,8 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use rbd2qcow2_core::progress::{ImageReport, PointKind, Status};
+use rbd2qcow2_core::chain::PointKind;
+use rbd2qcow2_core::progress::{ImageReport, Status};
 use serde::Serialize;
 
 use crate::human;

@@ -9,7 +9,8 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
-use rbd2qcow2_core::progress::{ImageReport, Observer, PointKind, Progress, Stage, Status};
+use rbd2qcow2_core::chain::PointKind;
+use rbd2qcow2_core::progress::{ImageReport, Observer, Progress, Stage, Status};
 
 use crate::args::OutputArgs;
 use crate::bars::Bars;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use console::Alignment;
 use indicatif::{HumanBytes, HumanDuration};
 use jiff::Timestamp;
-use rbd2qcow2_core::chain::{ImageName, Kind, Point};
+use rbd2qcow2_core::chain::{ImageName, Point, PointKind};
 use serde::{Serialize, Serializer};
 
 use crate::human;
@@ -73,8 +73,8 @@ impl Row {
             image: image.as_str().to_owned(),
             point: point.name.to_string(),
             kind: point.kind.map(|kind| match kind {
-                Kind::Full => "full",
-                Kind::Incremental => "incremental",
+                PointKind::Full => "full",
+                PointKind::Incremental => "incremental",
             }),
             parent: point.parent.map(|parent| parent.to_string()),
             // A point's name tells its time too, and is all there is without a manifest.
