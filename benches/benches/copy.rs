@@ -141,7 +141,7 @@ fn layer(path: &Path) -> QemuNbdLayer {
         path: path.to_owned(),
         virtual_size: SIZE,
         backing: None,
-        cluster_size: QemuNbdLayer::DEFAULT_CLUSTER_SIZE,
+        cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
         compression: Compression::None,
     };
     QemuNbdLayer::create(&spec, QemuNbdOptions::default()).expect("qemu-img and qemu-nbd are installed")

@@ -27,11 +27,6 @@ use snapshots::NewSnapshot;
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
 
-/// Cluster size of layers, unless another is asked for, in bytes. A scattered change costs a
-/// subcluster of 1/32 of it, a page of most guests' file systems with 128 KiB, while tables and
-/// digests stay half as large as with QEMU's default of 64 KiB.
-const DEFAULT_CLUSTER_SIZE: u32 = 128 << 10;
-
 /// Why an image has no new point.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -152,7 +147,7 @@ impl Backup<'_> {
         }
 
         self.stage(Stage::Copy);
-        let cluster_size = self.options.cluster_size.unwrap_or(DEFAULT_CLUSTER_SIZE);
+        let cluster_size = self.options.cluster_size.unwrap_or(LayerSpec::DEFAULT_CLUSTER_SIZE);
         let pending =
             chain.begin(LayerPlan { point: snapshot.point, parent: plan.parent(), cluster_size })?;
         let layer = self.create_layer(&source, &pending, cluster_size)?;

@@ -86,6 +86,12 @@ pub struct LayerSpec {
     pub compression: Compression,
 }
 
+impl LayerSpec {
+    /// The usual cluster size, in bytes. A scattered change costs a subcluster of 1/32 of it, a page
+    /// of most guests' file systems, while tables are half as large as with QEMU's default of 64 KiB.
+    pub const DEFAULT_CLUSTER_SIZE: u32 = 128 << 10;
+}
+
 /// Takes what a layer holds, in any order and from several threads, and writes it once.
 ///
 /// All offsets and lengths are multiples of [`grain`](Self::grain); only the end of the virtual

@@ -70,7 +70,7 @@ impl Backup<'_> {
         own.extend(announced.iter().map(|note| note.snapshot.chain));
         let unfinished = own_snapshots(&head.snapshots()?, &own)
             .into_iter()
-            .filter(|name| !chain.catalogue().point(name.point).is_some());
+            .filter(|name| chain.catalogue().point(name.point).is_none());
         for name in unfinished {
             log::info!("{}: removing snapshot {name}, left by a run that did not finish", self.image);
             pool.remove_snapshot(self.image, &name.to_string())?;

@@ -1,3 +1,5 @@
+#![allow(clippy::cast_possible_truncation, reason = "offsets in test data are small")]
+
 use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 

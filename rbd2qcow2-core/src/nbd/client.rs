@@ -3,7 +3,7 @@
 //! A queue of bounded length takes requests; whichever connection has room takes the next. Each
 //! connection has a thread that sends and one that receives, so that neither side ever waits for
 //! the other with its buffers full. The queue, the requests in flight and the first error live
-//! under one lock ([`state`]): waiting for room, for idleness or for the end are conditions over
+//! under one lock (`state`): waiting for room, for idleness or for the end are conditions over
 //! the same numbers, and at the sizes of requests of a backup the lock is never the bottleneck.
 //!
 //! The first error ends everything: it is kept, all threads stop, the sockets are shut down, and

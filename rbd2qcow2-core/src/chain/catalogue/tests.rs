@@ -68,7 +68,7 @@ fn a_whole_chain_has_no_problems() {
     let catalogue = fixture.read();
     assert!(catalogue.problems().is_empty() && catalogue.leftovers().is_empty());
     let kinds: Vec<_> = catalogue.points().iter().map(|point| point.kind).collect();
-    assert_eq!(kinds, [Some(Kind::Full), Some(Kind::Incremental), Some(Kind::Incremental)]);
+    assert_eq!(kinds, [Some(PointKind::Full), Some(PointKind::Incremental), Some(PointKind::Incremental)]);
     assert_eq!(catalogue.chain_ids().len(), 1);
     assert_eq!(catalogue.last_name(), Some(point(POINTS[2])));
     let newest = catalogue.newest().expect("a point");
@@ -83,7 +83,7 @@ fn an_unreadable_header_harms_what_builds_upon_it() {
     patch(&fixture.path(1, FileKind::Layer), 0, b"JUNK");
     let catalogue = fixture.check([true, false, false], |problem| matches!(problem, Problem::Header { .. }));
     // The manifest still tells where it belongs.
-    assert_eq!(catalogue.points()[1].kind, Some(Kind::Incremental));
+    assert_eq!(catalogue.points()[1].kind, Some(PointKind::Incremental));
     assert_eq!(catalogue.points()[1].parent, Some(point(POINTS[0])));
 }
 
@@ -252,9 +252,9 @@ fn a_chain_of_the_python_tool_is_understood_and_continued() {
     let mut writer = ChainWriter::open(dest.path(), &image()).expect("opened");
     assert!(writer.catalogue().problems().is_empty(), "{:?}", writer.catalogue().problems());
     let newest = writer.catalogue().newest().expect("two points");
-    assert_eq!((newest.kind, newest.virtual_size()), (Some(Kind::Incremental), Some(8 << 20)));
+    assert_eq!((newest.kind, newest.virtual_size()), (Some(PointKind::Incremental), Some(8 << 20)));
     assert_eq!(newest.snapshot().as_deref(), Some("1795368999"));
-    assert_eq!(writer.catalogue().points()[0].kind, Some(Kind::Full));
+    assert_eq!(writer.catalogue().points()[0].kind, Some(PointKind::Full));
     assert!(writer.catalogue().chain_ids().is_empty());
     let (name, _) = writer.next_point(newest.name.timestamp()).expect("a point");
     let committed = back_up(&mut writer, name).expect("committed");
