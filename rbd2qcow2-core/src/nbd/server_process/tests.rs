@@ -1,10 +1,10 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use super::*;
-use crate::layer::qemu_nbd::testing::{qemu_img, qemus};
+use crate::layer::qemu_nbd::QemuTools;
+use crate::layer::qemu_nbd::testing::{self, qemu_img, qemus};
 use crate::nbd::client::{Client, ClientOptions};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -43,14 +43,12 @@ fn until(what: &str, condition: impl Fn() -> bool) {
 /// A program for the shell.
 fn script(body: &str) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().expect("a temporary directory");
-    let program = directory.path().join("server");
-    fs::write(&program, format!("#!/bin/sh\n{body}\n")).expect("written");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("executable");
+    let program = testing::script(directory.path(), "server", body);
     (directory, program)
 }
 
 /// A raw disk of 1 MiB in a directory whose name is found in no other command line.
-fn disk(tools: &crate::layer::qemu_nbd::QemuTools) -> (tempfile::TempDir, String) {
+fn disk(tools: &QemuTools) -> (tempfile::TempDir, String) {
     let directory = tempfile::tempdir().expect("a temporary directory");
     qemu_img(tools, directory.path(), &["create", "-q", "-f", "raw", "disk", "1M"]);
     let disk = directory.path().join("disk").to_str().expect("UTF-8").to_owned();
