@@ -10,23 +10,33 @@ use crate::chain::names::{ChainId, SnapshotName};
 use crate::rbd::{Image, Patience, Pool, RbdError, Snapshot};
 use crate::source::librbd::LibrbdSource;
 
-/// How long a failed run tries to remove its snapshot. A cluster that is well needs a second at most;
-/// where it is not, the next run removes it.
-const REMOVE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a failed run tries to remove its snapshot; what it leaves, the next run removes.
+const REMOVE_LIMIT: Duration = Duration::from_secs(30);
+
+/// The same for an interrupted run, whose user is waiting. A cluster that is well needs a second at
+/// most.
+const REMOVE_LIMIT_INTERRUPTED: Duration = Duration::from_secs(3);
 
 /// The snapshot that a run takes. Removed on drop, unless a point was made of it.
 pub(super) struct NewSnapshot<'a> {
     pool: &'a Pool,
     image: &'a str,
     name: String,
+    /// Tells an interrupted run from a failed one.
+    cancel: &'a Cancel,
     keep: Cell<bool>,
 }
 
 impl<'a> NewSnapshot<'a> {
     /// Takes the snapshot.
-    pub(super) fn take(pool: &'a Pool, image: &'a str, name: SnapshotName) -> Result<Self, RbdError> {
+    pub(super) fn take(
+        pool: &'a Pool,
+        image: &'a str,
+        name: SnapshotName,
+        cancel: &'a Cancel,
+    ) -> Result<Self, RbdError> {
         // Made first: a call that was given up may have made the snapshot all the same.
-        let snapshot = Self { pool, image, name: name.to_string(), keep: Cell::new(false) };
+        let snapshot = Self { pool, image, name: name.to_string(), cancel, keep: Cell::new(false) };
         pool.create_snapshot(image, &snapshot.name)?;
         Ok(snapshot)
     }
@@ -46,8 +56,9 @@ impl Drop for NewSnapshot<'_> {
         if self.keep.get() {
             return;
         }
-        // The run's own patience has ended when it was interrupted.
-        let pool = self.pool.with_patience(Patience { limit: REMOVE_LIMIT, cancel: Cancel::new() });
+        let limit = if self.cancel.is_set() { REMOVE_LIMIT_INTERRUPTED } else { REMOVE_LIMIT };
+        // The run's own patience has ended with its failure.
+        let pool = self.pool.with_patience(Patience { limit, cancel: Cancel::new() });
         match pool.remove_snapshot(self.image, &self.name) {
             Ok(()) => {}
             // Without the image there is no snapshot either.
@@ -73,7 +84,14 @@ impl Backup<'_> {
             .filter(|name| chain.catalogue().point(name.point).is_none());
         for name in unfinished {
             log::info!("{}: removing snapshot {name}, left by a run that did not finish", self.image);
-            pool.remove_snapshot(self.image, &name.to_string())?;
+            match pool.remove_snapshot(self.image, &name.to_string()) {
+                Ok(()) => {}
+                // Somebody protected or cloned it: no reason to do without backups from now on.
+                Err(error @ RbdError::Failed { .. }) => {
+                    log::warn!("{}: {error}; remove it by hand", self.image);
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         if announced.is_some() {
             chain.clear_announcement()?;
