@@ -158,7 +158,7 @@ impl PendingReply {
             _ => return Err(outside),
         }
         // QEMU cuts at sectors at the finest, and nobody needs memory for more.
-        let limit = usize::try_from(operation.length / 512).unwrap_or(usize::MAX).saturating_add(2);
+        let limit = usize::try_from(operation.length / 512).unwrap_or(usize::MAX).saturating_add(4);
         if filled.ranges.len() >= limit {
             return Err(Violation::TooManyPieces { operation, limit });
         }

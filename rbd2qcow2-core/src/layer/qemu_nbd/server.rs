@@ -36,8 +36,9 @@ pub enum Aio {
 /// How the server writes the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IoMode {
-    /// Around the page cache where the file system allows it, with the fastest kind of asynchronous
-    /// I/O that the kernel and QEMU have in common; through the page cache otherwise.
+    /// Around the page cache where the file system allows it, by io_uring or else by threads, which
+    /// were the fastest. Through the page cache where nothing else works, and for compressed layers,
+    /// whose writes are small and unaligned.
     #[default]
     Auto,
     /// Around the page cache (O_DIRECT), this way and no other.
@@ -70,7 +71,7 @@ impl Running {
     /// Starts a server for the layer, in the best mode that works.
     pub(super) fn start(layer: &QemuNbdLayer) -> Result<Self, QemuNbdError> {
         let tools = &layer.options.tools;
-        let mut modes = modes(layer.options.io, tools, &layer.path).into_iter().peekable();
+        let mut modes = modes(layer).into_iter().peekable();
         loop {
             let mode = modes.next().unwrap_or(IoMode::PageCache);
             match Self::start_in(layer, mode) {
@@ -165,12 +166,12 @@ fn explain(server: &ServerProcess, tools: &QemuTools, error: NbdError) -> QemuNb
 }
 
 /// The modes to try, best first; never empty.
-fn modes(wanted: IoMode, tools: &QemuTools, path: &Path) -> Vec<IoMode> {
-    match wanted {
-        IoMode::Auto if !can_write_directly(path) => vec![IoMode::PageCache],
+fn modes(layer: &QemuNbdLayer) -> Vec<IoMode> {
+    match layer.options.io {
+        IoMode::Auto if layer.compressed || !can_write_directly(&layer.path) => vec![IoMode::PageCache],
         IoMode::Auto => {
-            let known = tools.direct_aio().map(|aio| vec![aio]);
-            let aios = known.unwrap_or_else(|| vec![Aio::IoUring, Aio::Native, Aio::Threads]);
+            let known = layer.options.tools.direct_aio().map(|aio| vec![aio]);
+            let aios = known.unwrap_or_else(|| vec![Aio::IoUring, Aio::Threads]);
             let direct = aios.into_iter().map(IoMode::Direct);
             direct.chain([IoMode::PageCache]).collect()
         }

@@ -18,11 +18,7 @@ pub(crate) fn qemus() -> Vec<QemuTools> {
     let installed = QemuTools::default();
     match installed.probe() {
         Ok(()) => found.push(installed),
-        Err(error) => {
-            assert!(std::env::var(REQUIRE_TOOLS).as_deref() != Ok("1"), "{REQUIRE_TOOLS} is set: {error}");
-            // Not by a macro, whose output a passing test would hide.
-            let _ = writeln!(std::io::stderr(), "SKIPPED, needs QEMU: {error}");
-        }
+        Err(error) => skip(&format!("no QEMU: {error}")),
     }
     if let Some(old) = std::env::var_os(OLD_QEMU).map(PathBuf::from) {
         let old = QemuTools::new(old.join("qemu-img"), old.join("qemu-nbd"));
@@ -32,9 +28,21 @@ pub(crate) fn qemus() -> Vec<QemuTools> {
     found
 }
 
-/// The installed QEMU, if any.
-pub(crate) fn qemu() -> Option<QemuTools> {
-    qemus().into_iter().next()
+/// Says that a test does not run here, unless it has to.
+pub(crate) fn skip(reason: &str) {
+    assert!(std::env::var(REQUIRE_TOOLS).as_deref() != Ok("1"), "{REQUIRE_TOOLS} is set: {reason}");
+    // Not by a macro, whose output a passing test would hide.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {reason}");
+}
+
+/// Makes a program for the shell. A process of its own writes it: a file that any process has open
+/// for writing cannot be executed, and other tests fork all the time.
+pub(crate) fn script(directory: &Path, name: &str, body: &str) -> PathBuf {
+    let path = directory.join(name);
+    let write = r#"printf '#!/bin/sh\n%s\n' "$2" > "$1" && chmod 755 "$1""#;
+    let status = Command::new("sh").args(["-c", write, "sh"]).arg(&path).arg(body).status();
+    assert!(status.expect("sh runs").success());
+    path
 }
 
 /// Runs `qemu-img` and returns what it prints.
