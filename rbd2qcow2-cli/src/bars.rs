@@ -51,7 +51,7 @@ struct Running {
     stage: Stage,
     /// Its counters.
     progress: Arc<Progress>,
-    /// Its bar: bytes dealt with, of its size.
+    /// Its bar: bytes done, of its size.
     bar: ProgressBar,
     /// Never drawn: keeps the rate of its reads.
     reads: ProgressBar,
@@ -144,13 +144,12 @@ impl Bars {
 impl Running {
     /// Brings the image's bar up to date.
     fn tick(&self) {
-        let (size, scanned) = (self.progress.size.get(), self.progress.scanned.get());
-        let read = self.progress.read.get();
+        let (size, done, read) = (self.progress.size.get(), self.done(), self.progress.read.get());
         self.reads.set_position(read);
         self.reads.tick();
         // A bar of no length would look full while the size is still unknown.
         self.bar.set_length(size.max(1));
-        self.bar.set_position(scanned.min(size));
+        self.bar.set_position(done);
         let mut message = stages::word(self.stage).to_owned();
         if self.stage == Stage::Copy {
             // Writing to a string cannot fail.
@@ -160,7 +159,7 @@ impl Running {
                 HumanBytes(read),
                 human::speed(self.reads.per_sec()),
                 remaining(&self.bar),
-                HumanBytes(scanned),
+                HumanBytes(done),
                 HumanBytes(size),
             );
         }
@@ -168,10 +167,17 @@ impl Running {
         self.bar.tick();
     }
 
-    /// How much of the image is dealt with, in [`PARTS`].
+    /// Bytes of the image that nothing is left to do for: compared, and read where they must be. The
+    /// comparison runs ahead of the reads, so it alone would show an end that is far off.
+    fn done(&self) -> u64 {
+        let progress = &self.progress;
+        let waiting = progress.to_read.get().saturating_sub(progress.read.get());
+        progress.scanned.get().saturating_sub(waiting).min(progress.size.get())
+    }
+
+    /// How much of the image is done, in [`PARTS`].
     fn parts(&self) -> u64 {
-        let (size, scanned) = (self.progress.size.get(), self.progress.scanned.get());
-        let parts = u128::from(scanned.min(size)) * u128::from(PARTS) / u128::from(size.max(1));
+        let parts = u128::from(self.done()) * u128::from(PARTS) / u128::from(self.progress.size.get().max(1));
         u64::try_from(parts).unwrap_or(PARTS)
     }
 }
@@ -211,6 +217,7 @@ mod tests {
         bars.stage("b", Stage::Copy);
         second.size.add(16 << 40);
         second.scanned.add(8 << 40);
+        second.to_read.add(1 << 30);
         second.read.add(1 << 30);
         bars.tick();
         assert_eq!(bars.total.position(), 1500);
@@ -219,6 +226,20 @@ mod tests {
         let message = bars.state().running[0].bar.message();
         assert!(message.starts_with("copy 1.00 GiB read, "), "{message}");
         assert!(message.ends_with("; at 8.00 TiB of 16.00 TiB"), "{message}");
+    }
+
+    #[test]
+    fn what_waits_to_be_read_is_not_done() {
+        let bars = Bars::new(&MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()));
+        bars.selected(1);
+        let progress = Arc::<Progress>::default();
+        bars.started("a", &progress);
+        progress.size.add(8 << 30);
+        progress.scanned.add(8 << 30);
+        progress.to_read.add(4 << 30);
+        progress.read.add(2 << 30);
+        bars.tick();
+        assert_eq!(bars.total.position(), 750);
     }
 
     #[test]

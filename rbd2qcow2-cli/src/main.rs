@@ -50,7 +50,7 @@ fn run(cli: &Cli) -> Outcome {
         Ok(outcome) => outcome,
         Err(error) => {
             console.line(&format!("error: {}", human::causes_block(&error)));
-            Outcome::Failed
+            error.outcome()
         }
     }
 }

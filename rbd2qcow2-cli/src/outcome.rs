@@ -10,8 +10,11 @@ use rbd2qcow2_core::pool::PoolError;
 pub enum Outcome {
     /// All done.
     Done,
-    /// At least one image failed, the others were done.
+    /// At least one image failed, the others were done; or the command could not begin, or could not
+    /// write its output.
     Failed,
+    /// The arguments make no sense, which only the library could tell.
+    WrongUsage,
     /// A signal stopped the command before all was done.
     Interrupted,
 }
@@ -22,6 +25,7 @@ impl Outcome {
         match self {
             Self::Done => 0,
             Self::Failed => 1,
+            Self::WrongUsage => 2,
             // What a shell reports for a program that SIGINT ended.
             Self::Interrupted => 130,
         }
@@ -46,4 +50,14 @@ pub enum CommandError {
     /// What the command found out or did could not be told.
     #[error("cannot write to standard output")]
     Output(#[source] io::Error),
+}
+
+impl CommandError {
+    /// How the program ends with it.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::Pool(PoolError::Pattern { .. }) => Outcome::WrongUsage,
+            _ => Outcome::Failed,
+        }
+    }
 }

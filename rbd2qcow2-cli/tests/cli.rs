@@ -1,5 +1,7 @@
 //! The program from outside, where no cluster is needed.
 
+#[path = "cli/backup.rs"]
+mod backup;
 #[path = "cli/directory.rs"]
 mod directory;
 #[path = "cli/list.rs"]
