@@ -1,81 +1,302 @@
 //! One image's backup, told as the path of its data.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
-use crate::layer::Compression;
+use crate::buffer::BufferPool;
+use crate::cancel::Cancel;
 
-/// How the changes between two snapshots are found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum DiffMode {
-    /// Object maps tell which objects exist, each of those is then compared. Never misses a change.
-    #[default]
-    Exact,
-    /// Every object is asked for, no object map is looked at.
-    Scan,
-    /// The object maps' dirty bits are believed. Misses changes after a rollback, and wherever a
-    /// client wrote a wrong map.
-    Fast,
-}
+use crate::chain::manifest::{CloneParent, Features, Record};
+use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
+use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
+use crate::copy::{Copy, CopyError};
+use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
+use crate::layer::{LayerError, LayerSpec, LayerWriter};
+use crate::options::{BackupOptions, Writer};
+use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
+use crate::rate::RateLimit;
+use crate::rbd::{Patience, Pool, RbdError};
+use crate::source::librbd::LibrbdSource;
 
-/// What writes the layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+mod plan;
+mod snapshots;
+
+pub use plan::Plan;
+use snapshots::NewSnapshot;
+
+/// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
+pub const SKIP_KEY: &[u8] = b"backup-skip";
+
+/// Why an image has no new point.
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Writer {
-    /// A qemu-nbd process for each layer.
-    #[default]
-    QemuNbd,
+pub enum BackupError {
+    /// The image's name cannot be the name of a directory.
+    #[error(transparent)]
+    Name(#[from] NameError),
+    /// The cluster failed.
+    #[error(transparent)]
+    Rbd(#[from] RbdError),
+    /// The directory of the image failed.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// The layer failed.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// The copy failed.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// A new chain's id could not be drawn.
+    #[error("cannot get random numbers for the id of a new chain")]
+    Random(#[source] std::io::Error),
+    /// The snapshot that was just taken is not listed: somebody removed it.
+    #[error("snapshot {snapshot:?} disappeared after it was taken; is something else removing snapshots?")]
+    SnapshotGone {
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// A stop was asked for.
+    #[error("interrupted; nothing of this backup was kept")]
+    Cancelled,
+    /// The code is wrong. Nothing of the backup was kept.
+    #[error("internal error: the backup of this image panicked; the chain is as it was before")]
+    Panicked,
 }
 
-/// How a backup is made. `Default` is what the program does without options.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct BackupOptions {
-    /// Reads in flight for each image, 1 to 256.
-    pub parallel: usize,
-    /// What writes the layers.
-    pub writer: Writer,
-    /// How clusters are stored.
-    pub compression: Compression,
-    /// Cluster size of new layers in bytes, a power of two from 512 to 2 MiB; `None`: the writer's default.
-    pub cluster_size: Option<u32>,
-    /// How changes are found.
-    pub diff: DiffMode,
-    /// Makes a root even where an incremental backup is possible.
-    pub full: bool,
-    /// Snapshots of the chain that stay in the cluster after a backup, at least 1: the next
-    /// backup's base.
-    pub keep_snapshots: usize,
-    /// Bytes a second that may be read from the cluster, over all images.
-    pub rate_limit: Option<u64>,
-    /// Bytes of image data that may be in memory, over all images.
-    pub memory: usize,
-    /// Finds out what would be done, and changes nothing.
-    pub dry_run: bool,
-    /// How long the cluster may leave one request unanswered before the image is given up.
-    pub patience: Duration,
-    /// The program `qemu-img`.
-    pub qemu_img: PathBuf,
-    /// The program `qemu-nbd`.
-    pub qemu_nbd: PathBuf,
+/// One image's backup: where it comes from, where it goes, and what it shares with others.
+#[derive(Clone, Copy)]
+pub struct Backup<'a> {
+    /// The image's pool.
+    pub pool: &'a Pool,
+    /// The cluster's id.
+    pub fsid: &'a str,
+    /// The pool's name.
+    pub pool_name: &'a str,
+    /// The pool's namespace; empty for the default one.
+    pub namespace: &'a str,
+    /// The image's name.
+    pub image: &'a str,
+    /// The directory that holds a directory for each image.
+    pub dest: &'a Path,
+    /// How the backup is made.
+    pub options: &'a BackupOptions,
+    /// The programs that write layers.
+    pub tools: &'a QemuTools,
+    /// Where the memory comes from.
+    pub buffers: &'a BufferPool,
+    /// Limits the reads.
+    pub rate_limit: Option<&'a RateLimit>,
+    /// Is told how it goes.
+    pub observer: &'a dyn Observer,
+    /// Asks for a stop.
+    pub cancel: &'a Cancel,
 }
 
-impl Default for BackupOptions {
-    fn default() -> Self {
-        Self {
-            parallel: 16,
-            writer: Writer::default(),
-            compression: Compression::None,
-            cluster_size: None,
-            diff: DiffMode::Exact,
-            full: false,
-            keep_snapshots: 1,
-            rate_limit: None,
-            memory: 128 << 20,
-            dry_run: false,
-            patience: Duration::from_secs(300),
-            qemu_img: "qemu-img".into(),
-            qemu_nbd: "qemu-nbd".into(),
+impl Backup<'_> {
+    /// Makes a point of the image, and tells how that went. Blocks.
+    ///
+    /// Whatever fails, points that existed stay as they are, and the report says what happened. When
+    /// this process dies meanwhile, the next run removes what it left.
+    #[must_use]
+    pub fn run(&self) -> ImageReport {
+        let start = Instant::now();
+        let mut report = ImageReport::new(self.image, Status::Failed);
+        self.observer.started(self.image, &report.progress);
+        match self.run_to(&mut report) {
+            Ok(status) => report.status = status,
+            Err(_) if self.cancel.is_set() => report.error = Some(BackupError::Cancelled.into()),
+            Err(error) => report.error = Some(error.into()),
         }
+        report.time = start.elapsed();
+        report
+    }
+
+    fn run_to(&self, report: &mut ImageReport) -> Result<Status, BackupError> {
+        let name = ImageName::new(self.image)?;
+        // Whatever fails first ends the waits of everything else that this image is waiting for.
+        let stop = self.cancel.part();
+        let patience = Patience { limit: self.options.patience, cancel: stop.clone() };
+        let pool = self.pool.with_patience(patience);
+
+        self.stage(Stage::Prepare);
+        let head = pool.open(self.image, None)?;
+        let metadata = head.metadata()?;
+        if let Some(value) = metadata.get(SKIP_KEY) {
+            report.reason =
+                Some(format!("the image's metadata has backup-skip={}", String::from_utf8_lossy(value)));
+            return Ok(Status::Skipped);
+        }
+        if self.options.dry_run {
+            return self.rehearse(&name, &head, report);
+        }
+
+        let chain = ChainWriter::open(self.dest, &name)?;
+        self.remove_unfinished_snapshots(&pool, &head, &chain)?;
+        let plan = self.plan(chain.catalogue(), &head)?;
+        plan.tell(report);
+        let snapshot = self.name_snapshot(&chain, &plan)?;
+        report.point = Some(snapshot.point.to_string());
+        drop(head);
+
+        self.stage(Stage::Snapshot);
+        let new_snapshot = NewSnapshot::take(&pool, self.image, snapshot)?;
+        let base = plan.base_snapshot();
+        let source = LibrbdSource::open(&pool, self.image, new_snapshot.name(), base, self.options.diff)?;
+        if let Some(why) = source.fallback() {
+            log::info!("{}: {why}; all objects are compared instead", self.image);
+        }
+
+        self.stage(Stage::Copy);
+        let cluster_size = self.options.cluster_size.unwrap_or(LayerSpec::DEFAULT_CLUSTER_SIZE);
+        let pending =
+            chain.begin(LayerPlan { point: snapshot.point, parent: plan.parent(), cluster_size })?;
+        let layer = self.create_layer(&source, &pending, cluster_size)?;
+        report.virtual_size = source.info().size;
+        report.diff_time = self.copy(&source, &layer, &plan, &pending, &stop, &report.progress)?;
+        layer.finish()?;
+
+        self.stage(Stage::Commit);
+        let record =
+            self.record(&source, cluster_size, layer.grain(), snapshot, metadata, &report.progress)?;
+        if self.cancel.is_set() {
+            return Err(BackupError::Cancelled);
+        }
+        let committed = pending.commit(record).inspect_err(|error| {
+            if matches!(error, ChainError::CommitUncertain { .. }) {
+                // The point may be there after all, and is then the next one's base.
+                new_snapshot.keep();
+            }
+        })?;
+        new_snapshot.keep();
+        report.file = Some(committed.path);
+        report.layer_bytes = committed.layer_bytes;
+        report.data_bytes = report.progress.data.get();
+        report.zero_bytes = report.progress.zero.get();
+        report.read_bytes = report.progress.read.get();
+
+        self.stage(Stage::CleanUp);
+        self.remove_older_snapshots(&pool, &source, &chain, snapshot);
+        Ok(Status::Ok)
+    }
+
+    fn stage(&self, stage: Stage) {
+        self.observer.stage(self.image, stage);
+    }
+
+    /// Names the point and its snapshot. A new chain's name is on disk before anything is made of it.
+    fn name_snapshot(&self, chain: &ChainWriter, plan: &Plan) -> Result<SnapshotName, BackupError> {
+        let (point, clock_went_back) = chain.next_point(jiff::Timestamp::now())?;
+        if clock_went_back {
+            log::warn!(
+                "{}: the newest point is not older than this machine's clock; the new one is named {point}",
+                self.image
+            );
+        }
+        if let Some(chain_id) = plan.chain() {
+            return Ok(SnapshotName { chain: chain_id, point });
+        }
+        let snapshot = SnapshotName { chain: ChainId::draw().map_err(BackupError::Random)?, point };
+        chain.announce(&Announcement {
+            snapshot,
+            fsid: self.fsid.to_owned(),
+            pool: self.pool_name.to_owned(),
+            namespace: self.namespace.to_owned(),
+        })?;
+        Ok(snapshot)
+    }
+
+    fn create_layer(
+        &self,
+        source: &LibrbdSource,
+        pending: &PendingLayer<'_>,
+        cluster_size: u32,
+    ) -> Result<QemuNbdLayer, BackupError> {
+        let Writer::QemuNbd = self.options.writer;
+        let spec = LayerSpec {
+            path: pending.layer_path().to_owned(),
+            virtual_size: source.info().size.next_multiple_of(512),
+            backing: pending.backing_name(),
+            cluster_size,
+            compression: self.options.compression,
+        };
+        let options = QemuNbdOptions { tools: self.tools.clone(), ..QemuNbdOptions::default() };
+        Ok(QemuNbdLayer::create(&spec, options)?)
+    }
+
+    fn copy(
+        &self,
+        source: &LibrbdSource,
+        layer: &dyn LayerWriter,
+        plan: &Plan,
+        pending: &PendingLayer<'_>,
+        stop: &Cancel,
+        progress: &Progress,
+    ) -> Result<Duration, BackupError> {
+        let copy = Copy {
+            source,
+            layer,
+            root: plan.parent().is_none(),
+            digests: Some(pending.digests()),
+            buffers: self.buffers,
+            rate_limit: self.rate_limit,
+            parallel: self.options.parallel,
+            progress,
+            cancel: self.cancel,
+            stop,
+        };
+        Ok(copy.run()?)
+    }
+}
+
+/// What is recorded besides the data.
+impl Backup<'_> {
+    fn record(
+        &self,
+        source: &LibrbdSource,
+        cluster_size: u32,
+        grain: u64,
+        snapshot: SnapshotName,
+        metadata: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
+        progress: &Progress,
+    ) -> Result<Record, BackupError> {
+        let info = source.info();
+        let name = snapshot.to_string();
+        let listed = source.image().snapshots()?.into_iter().find(|listed| listed.name == name);
+        let Some(listed) = listed else { return Err(BackupError::SnapshotGone { snapshot: name }) };
+        let parent = source.image().parent()?;
+        Ok(Record {
+            chain: snapshot.chain,
+            created: jiff::Timestamp::now(),
+            fsid: self.fsid.to_owned(),
+            pool: self.pool_name.to_owned(),
+            namespace: self.namespace.to_owned(),
+            image_id: info.id.clone(),
+            snapshot: name,
+            snapshot_id: listed.id,
+            virtual_size: info.size,
+            object_size: info.object_size,
+            stripe_unit: info.stripe_unit,
+            stripe_count: info.stripe_count,
+            features: Features { bits: info.features, names: info.feature_names() },
+            metadata,
+            clone_parent: parent.map(|parent| CloneParent {
+                pool: parent.pool,
+                namespace: parent.namespace,
+                image: parent.image,
+                image_id: parent.image_id,
+                snapshot: parent.snapshot,
+                overlap: info.overlap,
+            }),
+            diff_mode: source.mode().as_str().to_owned(),
+            data_extents: progress.data_extents.get(),
+            data_bytes: progress.data.get(),
+            zero_extents: progress.zero_extents.get(),
+            zero_bytes: progress.zero.get(),
+            writer: self.options.writer.as_str().to_owned(),
+            compression: self.options.compression.to_string(),
+            cluster_size,
+            // Only subclusters make a grain smaller than a cluster.
+            extended_l2: grain < u64::from(cluster_size),
+        })
     }
 }

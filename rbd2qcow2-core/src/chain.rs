@@ -23,7 +23,7 @@ pub mod manifest;
 pub mod names;
 
 pub use announcement::Announcement;
-pub use catalogue::{Catalogue, Kind, Point, Problem, images_in};
+pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
 pub use error::ChainError;
 pub use manifest::{Manifest, Record};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};
@@ -115,16 +115,18 @@ impl ChainWriter {
         }
         if !self.removed.is_empty() {
             durable::sync_directory(&self.directory)?;
+            self.refresh()?;
         }
-        // Once a manifest bears the chain's id, the note is no longer needed: the run that made it
-        // was killed between its commit and the removal of the note. The snapshot it names is that
-        // of a point now, and must not be deleted on the note's account.
-        if let Ok(Some(announcement)) = self.announced()
-            && self.catalogue.chain_ids().contains(&announcement.snapshot.chain)
-        {
-            self.clear_announcement()?;
+        // The run that made the note may have been killed between its commit and the removal of the
+        // note. The snapshot is that of a point then (whose manifest may be damaged by now) and must
+        // not be deleted on the note's account.
+        if let Ok(Some(Announcement { snapshot, .. })) = self.announced() {
+            let begun = self.catalogue.chain_ids().contains(&snapshot.chain);
+            if begun || self.catalogue.point(snapshot.point).is_some() {
+                self.clear_announcement()?;
+            }
         }
-        self.refresh()
+        Ok(())
     }
 
     /// Reads the directory again, after a commit for instance.
@@ -405,4 +407,4 @@ impl Drop for PendingLayer<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

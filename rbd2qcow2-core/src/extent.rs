@@ -149,6 +149,7 @@ pub fn runs(bytes: &[u8], grain: usize) -> impl Iterator<Item = (Range<usize>, E
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "offsets in test data are small")]
 mod tests {
     use proptest::prelude::*;
 

@@ -19,13 +19,16 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(feature = "rbd")]
 pub mod backup;
 pub mod buffer;
 pub mod cancel;
 pub mod chain;
+pub mod copy;
 pub mod extent;
 pub mod layer;
 pub mod nbd;
+pub mod options;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;

@@ -1,11 +1,24 @@
 //! Many images of one pool, several at once.
 
+use std::collections::BTreeSet;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
-use crate::backup::BackupOptions;
+use globset::{Glob, GlobSet, GlobSetBuilder};
+
+use crate::backup::{Backup, BackupError};
+use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
-use crate::progress::{ImageReport, Observer};
-use crate::rbd::{self, ClusterOptions, RbdError};
+use crate::layer::qemu_nbd::QemuTools;
+use crate::options::BackupOptions;
+use crate::progress::{ImageReport, Observer, Status};
+use crate::rate::RateLimit;
+use crate::rbd::{Cluster, ClusterOptions, Patience, Pool, RbdError};
+
+/// The least memory for image data that a run works with, whatever it was told.
+const LEAST_MEMORY: usize = 16 << 20;
 
 /// Which images of which pool go where.
 #[derive(Clone, Debug, Default)]
@@ -33,7 +46,7 @@ pub struct PoolBackup {
 #[non_exhaustive]
 pub enum PoolError {
     /// The cluster or the pool could not be reached.
-    #[error("cannot open pool {pool}")]
+    #[error("cannot back up pool {pool:?}")]
     Open {
         /// `POOL` or `POOL/NAMESPACE`.
         pool: String,
@@ -51,13 +64,16 @@ pub enum PoolError {
         cause: globset::Error,
     },
     /// The directory of the backups is unusable.
-    #[error("cannot use {} as the directory of the backups", path.display())]
+    #[error(
+        "cannot use {} as the directory of the backups; create it, or mount the file system that should be there",
+        path.display()
+    )]
     Dest {
         /// The directory.
         path: PathBuf,
         /// Why.
         #[source]
-        cause: std::io::Error,
+        cause: io::Error,
     },
 }
 
@@ -71,7 +87,97 @@ impl PoolBackup {
     /// # Errors
     /// [`PoolError`], when no image could be looked at at all.
     pub fn run(&self, observer: &dyn Observer, cancel: &Cancel) -> Result<Vec<ImageReport>, PoolError> {
-        let _ = (observer, cancel, rbd::ClusterOptions::default());
-        todo!()
+        let exclude = self.exclude()?;
+        self.check_dest().map_err(|cause| PoolError::Dest { path: self.dest.clone(), cause })?;
+        let failed = |cause| PoolError::Open { pool: self.title(), cause };
+        let patience = Patience { limit: self.options.patience, cancel: cancel.clone() };
+        let cluster = Cluster::connect(&self.cluster, patience).map_err(failed)?;
+        let fsid = cluster.fsid().map_err(failed)?;
+        let pool = cluster.pool(&self.pool, &self.namespace).map_err(failed)?;
+        let images = self.select(&pool, &exclude).map_err(failed)?;
+        observer.selected(&images);
+
+        let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));
+        let tools = QemuTools::new(&self.options.qemu_img, &self.options.qemu_nbd);
+        let rate_limit = self.options.rate_limit.map(RateLimit::new);
+        let backup = |image| Backup {
+            pool: &pool,
+            fsid: &fsid,
+            pool_name: &self.pool,
+            namespace: &self.namespace,
+            image,
+            dest: &self.dest,
+            options: &self.options,
+            tools: &tools,
+            buffers: &buffers,
+            rate_limit: rate_limit.as_ref(),
+            observer,
+            cancel,
+        };
+        let queue = Mutex::new(images.iter());
+        let reports = Mutex::new(Vec::new());
+        let job = || {
+            loop {
+                // A statement of its own, or the lock would be held through the backup.
+                let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+                let Some(image) = next.filter(|_| !cancel.is_set()) else { break };
+                let report = run_caught(&backup(image));
+                observer.finished(&report);
+                reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..self.jobs.min(images.len()) {
+                // Fewer jobs do the same work: the first runs in this thread.
+                if let Err(error) = std::thread::Builder::new().name("image".into()).spawn_scoped(scope, job)
+                {
+                    log::warn!("cannot start a thread for another image at once: {error}");
+                    break;
+                }
+            }
+            job();
+        });
+        Ok(reports.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// `POOL` or `POOL/NAMESPACE`.
+    fn title(&self) -> String {
+        if self.namespace.is_empty() {
+            self.pool.clone()
+        } else {
+            format!("{}/{}", self.pool, self.namespace)
+        }
+    }
+
+    fn exclude(&self) -> Result<GlobSet, PoolError> {
+        let mut set = GlobSetBuilder::new();
+        let bad = |pattern: &String, cause| PoolError::Pattern { pattern: pattern.clone(), cause };
+        for pattern in &self.exclude {
+            set.add(Glob::new(pattern).map_err(|cause| bad(pattern, cause))?);
+        }
+        set.build().map_err(|cause| bad(&self.exclude.join(" "), cause))
+    }
+
+    /// Notices what every image would fail of before any snapshot is taken.
+    fn check_dest(&self) -> io::Result<()> {
+        if !std::fs::metadata(&self.dest)?.is_dir() {
+            return Err(io::ErrorKind::NotADirectory.into());
+        }
+        Ok(())
+    }
+
+    fn select(&self, pool: &Pool, exclude: &GlobSet) -> Result<Vec<String>, RbdError> {
+        let images = if self.images.is_empty() { pool.images()? } else { self.images.clone() };
+        let mut seen = BTreeSet::new();
+        Ok(images.into_iter().filter(|name| !exclude.is_match(name) && seen.insert(name.clone())).collect())
+    }
+}
+
+/// A defect that one image brings to light must not end the backup of the others.
+fn run_caught(backup: &Backup<'_>) -> ImageReport {
+    catch_unwind(AssertUnwindSafe(|| backup.run())).unwrap_or_else(|_| {
+        let mut report = ImageReport::new(backup.image, Status::Failed);
+        report.error = Some(BackupError::Panicked.into());
+        report
+    })
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::chain::catalogue::PointKind;
+
 /// Counters of one image's copy, updated by its threads and read by whoever shows them.
 ///
 /// All are bytes, or nanoseconds summed over the threads that worked, and only ever grow. They are
@@ -78,26 +80,6 @@ pub enum Stage {
     Commit,
     /// Removing snapshots that are no longer needed.
     CleanUp,
-}
-
-/// Whether a point stands alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PointKind {
-    /// A root: everything that the image holds.
-    Full,
-    /// What changed since the point below.
-    Incremental,
-}
-
-impl PointKind {
-    /// The word that stands for it in reports: `full` or `incremental`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Full => "full",
-            Self::Incremental => "incremental",
-        }
-    }
 }
 
 /// How the backup of one image ended.

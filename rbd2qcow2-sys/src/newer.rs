@@ -19,6 +19,38 @@ pub type GetId = unsafe extern "C" fn(image: rbd_image_t, id: *mut c_char, id_le
 pub type NamespaceExists =
     unsafe extern "C" fn(io: rados_ioctx_t, name: *const c_char, exists: *mut bool) -> c_int;
 
+/// `rbd_linked_image_spec_t`. Declared here because the headers before Nautilus lack it.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LinkedImageSpec {
+    pub pool_id: i64,
+    pub pool_name: *mut c_char,
+    pub pool_namespace: *mut c_char,
+    pub image_id: *mut c_char,
+    pub image_name: *mut c_char,
+    pub trash: bool,
+}
+
+/// `rbd_snap_spec_t`. Declared here because the headers before Nautilus lack it.
+#[repr(C)]
+#[derive(Debug)]
+pub struct SnapSpec {
+    pub id: u64,
+    pub namespace_type: c_int,
+    pub name: *mut c_char,
+}
+
+/// `rbd_get_parent` and what frees its answer. Since Nautilus (14.2).
+#[derive(Clone, Copy, Debug)]
+pub struct GetParent {
+    /// `rbd_get_parent`: -ENOENT for an image without a parent.
+    pub get: unsafe extern "C" fn(rbd_image_t, *mut LinkedImageSpec, *mut SnapSpec) -> c_int,
+    /// `rbd_linked_image_spec_cleanup`
+    pub free_image: unsafe extern "C" fn(*mut LinkedImageSpec),
+    /// `rbd_snap_spec_cleanup`
+    pub free_snap: unsafe extern "C" fn(*mut SnapSpec),
+}
+
 fn look_up<F: Copy>(name: &CStr) -> Option<F> {
     // SAFETY: `this` gives a handle to the running process and runs no initialiser; every caller
     // asks for the type that librbd.h declares for the name.
@@ -36,4 +68,16 @@ pub fn rbd_get_id() -> Option<GetId> {
 pub fn rbd_namespace_exists() -> Option<NamespaceExists> {
     static FOUND: OnceLock<Option<NamespaceExists>> = OnceLock::new();
     *FOUND.get_or_init(|| look_up(c"rbd_namespace_exists"))
+}
+
+/// [`GetParent`], where the loaded librbd has it.
+pub fn rbd_get_parent() -> Option<GetParent> {
+    static FOUND: OnceLock<Option<GetParent>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        Some(GetParent {
+            get: look_up(c"rbd_get_parent")?,
+            free_image: look_up(c"rbd_linked_image_spec_cleanup")?,
+            free_snap: look_up(c"rbd_snap_spec_cleanup")?,
+        })
+    })
 }

@@ -4,33 +4,45 @@
 //! Two kinds of points are understood: this program's, and those of the Python rbd2qcow2, which are
 //! named by a unix time, have no manifest, and whose first layer has the backing file `empty.qcow2`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::ChainError;
-use super::lock::LOCK_FILE;
 use super::manifest::{Manifest, ManifestError, SECTOR};
 use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
-use super::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL};
 use crate::qcow2::header::Header;
 
+mod directory;
 mod problem;
 
+pub use directory::{Images, images_in};
 pub use problem::Problem;
+
+use directory::{Files, OfPoint, Presence};
 
 /// The empty image that the first layers of the Python tool build upon. Not a point.
 pub const PYTHON_ROOT: &str = "empty.qcow2";
 
 /// Whether a point stands alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum PointKind {
     /// Holds the whole image.
     Full,
     /// Holds what changed since its parent.
     Incremental,
+}
+
+impl PointKind {
+    /// The word that stands for it in reports: `full` or `incremental`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+        }
+    }
 }
 
 /// A point of an image: a layer that is there, sound or not.
@@ -42,7 +54,7 @@ pub struct Point {
     /// Its layer.
     pub path: PathBuf,
     /// Whether it stands alone; `None` when neither header nor manifest can be read.
-    pub kind: Option<Kind>,
+    pub kind: Option<PointKind>,
     /// The point it builds upon, which need not exist.
     pub parent: Option<PointName>,
     /// The layer's header, unless it is unreadable.
@@ -79,65 +91,6 @@ impl Point {
             None => self.name.is_python().then(|| self.name.to_string()),
         }
     }
-}
-
-/// The directories of images in a destination.
-#[derive(Clone, Debug, Default)]
-pub struct Images {
-    /// The images, in the order of their names.
-    pub images: Vec<ImageName>,
-    /// What else is there.
-    pub foreign: Vec<PathBuf>,
-}
-
-/// Lists the images that have a directory in the destination `dest`: one whose name is that of an
-/// image and that holds a lock file or a file of that image. Reads the directories' names only.
-///
-/// # Errors
-/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::Io`].
-pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
-    let mut found = Images::default();
-    for (name, path) in entries(dest, || ChainError::DestinationMissing { path: dest.to_owned() })? {
-        let image = name.and_then(|name| ImageName::decode(&name).ok());
-        match image {
-            Some(image) if is_image_directory(&path, &image)? => found.images.push(image),
-            _ => found.foreign.push(path),
-        }
-    }
-    found.images.sort();
-    Ok(found)
-}
-
-fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError> {
-    let metadata = fs::symlink_metadata(path).map_err(ChainError::io("look at", path))?;
-    if !metadata.is_dir() {
-        return Ok(false);
-    }
-    let names = entries(path, || ChainError::NoSuchImage { path: path.to_owned() })?;
-    let ours =
-        |name: &str| name == LOCK_FILE || PointFile::parse(name).is_some_and(|file| file.image == *image);
-    Ok(names.iter().any(|(name, _)| name.as_deref().is_some_and(ours)))
-}
-
-/// The entries of a directory, sorted: their name where it is text, and their path.
-fn entries(
-    directory: &Path,
-    missing: impl FnOnce() -> ChainError,
-) -> Result<Vec<(Option<String>, PathBuf)>, ChainError> {
-    let listed = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
-        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
-            return Err(ChainError::NotADirectory { path: directory.to_owned() });
-        }
-        other => other.map_err(ChainError::io("list the directory", directory))?,
-    };
-    let mut found = Vec::new();
-    for entry in listed {
-        let entry = entry.map_err(ChainError::io("list the directory", directory))?;
-        found.push((entry.file_name().into_string().ok(), entry.path()));
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// What the directory of an image held when it was read.
@@ -303,7 +256,7 @@ impl Catalogue {
         Point {
             name,
             path,
-            kind: link.map(|parent| if parent.is_some() { Kind::Incremental } else { Kind::Full }),
+            kind: link.map(|parent| if parent.is_some() { PointKind::Incremental } else { PointKind::Full }),
             parent: link.flatten(),
             header,
             manifest,
@@ -474,84 +427,6 @@ impl Examined {
             self.fatal(Problem::Truncated { path, found: file_bytes, expected });
         } else {
             disagree("file length", file_bytes.to_string(), manifest.file_bytes.to_string());
-        }
-    }
-}
-
-/// What stands at the place of a file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Presence {
-    #[default]
-    Nothing,
-    /// A regular file.
-    File,
-    /// Something else, which was reported.
-    Other,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct OfPoint {
-    layer: Presence,
-    manifest: Presence,
-    digests: Presence,
-}
-
-/// The directory's entries by what they are.
-#[derive(Debug, Default)]
-struct Files {
-    by_point: BTreeMap<PointName, OfPoint>,
-    /// Files that were being written.
-    partial: Vec<PathBuf>,
-    problems: Vec<Problem>,
-}
-
-impl Files {
-    fn sort(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
-        let mut files = Self::default();
-        for (name, path) in entries(directory, || ChainError::NoSuchImage { path: directory.to_owned() })? {
-            match name {
-                Some(name) => files.take(&name, path, image),
-                None => files.problems.push(Problem::Foreign { path }),
-            }
-        }
-        Ok(files)
-    }
-
-    fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
-        if [LOCK_FILE, ANNOUNCEMENT_FILE, PYTHON_ROOT].contains(&name) {
-            return;
-        }
-        let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
-        if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
-            self.partial.push(path);
-            return;
-        }
-        let Some(file) = PointFile::parse(name).filter(|file| file.image == *image) else {
-            self.problems.push(Problem::Foreign { path });
-            return;
-        };
-        let presence = match fs::symlink_metadata(&path) {
-            // Renamed or removed since the directory was listed.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(error) => {
-                self.problems.push(Problem::Unreadable { path, cause: error.into() });
-                Presence::Other
-            }
-            Ok(metadata) if metadata.is_file() => Presence::File,
-            Ok(metadata) if metadata.is_symlink() => {
-                self.problems.push(Problem::Symlink { path });
-                Presence::Other
-            }
-            Ok(_) => {
-                self.problems.push(Problem::NotARegularFile { path });
-                Presence::Other
-            }
-        };
-        let of_point = self.by_point.entry(file.point).or_default();
-        match file.kind {
-            FileKind::Layer => of_point.layer = presence,
-            FileKind::Manifest => of_point.manifest = presence,
-            FileKind::Digests => of_point.digests = presence,
         }
     }
 }

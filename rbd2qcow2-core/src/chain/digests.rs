@@ -7,8 +7,8 @@
 //! | part | bytes |
 //! |---|---|
 //! | header | magic `rbd2qdig`, version u32 = 1, chunk size u32 |
-//! | records | offset u64, length u32, kind u32 (1 data, 2 zero), BLAKE3 of the data or zeroes [32] |
-//! | footer | number of records u64, BLAKE3 of everything before the hash [32] |
+//! | records | offset u64, length u32, kind u32 (1 data, 2 zero), 32 bytes: BLAKE3 of the data, or zeroes |
+//! | footer | number of records u64, 32 bytes: BLAKE3 of everything before them |
 //!
 //! Offsets and lengths are bytes of the image as the guest sees it. Records ascend and are disjoint.
 //! A data record lies within one chunk (a multiple of the chunk size and what follows), so that

@@ -14,7 +14,7 @@ const CLUSTER_SIZE: u32 = 65536;
 const VIRTUAL_SIZE: u64 = (1 << 20) + 1;
 
 /// Whether `qemu-img` can be run. Where the environment requires the tools, it must.
-pub(super) fn qemu_img_is_there() -> bool {
+pub(crate) fn qemu_img_is_there() -> bool {
     let there =
         Command::new("qemu-img").arg("--version").output().is_ok_and(|output| output.status.success());
     let required = std::env::var("RBD2QCOW2_REQUIRE_TOOLS").is_ok_and(|value| value == "1");
@@ -110,7 +110,7 @@ fn points_are_made_and_read_back() {
     assert!(catalogue.problems().is_empty(), "{:?}", catalogue.problems());
     assert!(catalogue.points().iter().all(|point| point.sound));
     let newest = catalogue.newest().expect("two points");
-    assert_eq!((newest.name, newest.kind), (point(SECOND), Some(Kind::Incremental)));
+    assert_eq!((newest.name, newest.kind), (point(SECOND), Some(PointKind::Incremental)));
     assert_eq!(newest.manifest.as_ref(), Some(&second.manifest));
     assert_eq!(newest.virtual_size(), Some(VIRTUAL_SIZE));
     assert_eq!(newest.layer_bytes, second.layer_bytes);
@@ -390,6 +390,7 @@ fn only_what_killed_runs_left_is_removed() {
     for name in foreign.iter().chain(&leftovers) {
         fs::write(directory.join(name), b"x").expect("written");
     }
+    fs::create_dir(directory.join(".vm%2F1@20261122T173316Z.qcow2.partial")).expect("created");
     // A layer on another disk is not this program's doing, but is no left-over either.
     std::os::unix::fs::symlink("/nowhere", directory.join("vm%2F1@20261122T173315Z.qcow2")).expect("a link");
     fs::write(directory.join("vm%2F1@20261122T173315Z.json"), b"x").expect("written");
@@ -403,6 +404,7 @@ fn only_what_killed_runs_left_is_removed() {
         assert!(directory.join(name).exists(), "{name} is gone");
     }
     assert!(directory.join("vm%2F1@20261122T173315Z.json").exists());
+    assert!(directory.join(".vm%2F1@20261122T173316Z.qcow2.partial").exists());
 }
 
 #[test]
@@ -460,6 +462,12 @@ fn an_announcement_survives_until_its_chain_has_a_point() {
     // Killed between the commit and the removal of the note: the snapshot is that of a point now.
     writer.announce(&announcement).expect("noted");
     back_up(&mut writer, point(FIRST)).expect("committed");
+    drop(writer);
+    writer = ChainWriter::open(dest.path(), &image()).expect("opened");
+    assert_eq!(writer.announced().expect("no note"), None);
+    // Even if that point's manifest is damaged by now.
+    writer.announce(&announcement).expect("noted");
+    fs::remove_file(writer.directory().join(format!("vm%2F1@{FIRST}.json"))).expect("removed");
     drop(writer);
     writer = ChainWriter::open(dest.path(), &image()).expect("opened");
     assert_eq!(writer.announced().expect("no note"), None);

@@ -259,10 +259,9 @@ impl Pool {
             bytes_of(what, |buffer, length| {
                 // SAFETY: the buffer has `length` bytes.
                 let code = unsafe { sys::rbd_list(pool.raw(), buffer, length) };
-                if let Ok(filled) = usize::try_from(code) {
-                    // Unlike its sisters it tells the length only by its return value.
-                    // SAFETY: `length` is a number of bytes_of, which waits for this call.
-                    unsafe { *length = filled };
+                if let Ok(used) = usize::try_from(code) {
+                    // The length is that of the list only when it does not fit.
+                    *length = used;
                 }
                 code
             })
@@ -291,7 +290,7 @@ pub(super) fn split_nul(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// `fill` says it filled.
 pub(super) fn bytes_of(
     what: impl FnOnce() -> String,
-    mut fill: impl FnMut(*mut c_char, *mut usize) -> i32,
+    mut fill: impl FnMut(*mut c_char, &mut usize) -> i32,
 ) -> Result<Vec<u8>, RbdError> {
     let mut buffer = vec![0_u8; 4096];
     loop {

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rbd2qcow2_sys as sys;
 use rustix::io::Errno;
+use sys::newer::{GetParent, LinkedImageSpec, SnapSpec};
 use sys::rbd_image_t;
 
 use super::cluster::{Pool, bytes_of, c_string, split_nul, string_of, utf8};
@@ -31,8 +32,12 @@ pub struct Snapshot {
 pub struct Parent {
     /// The parent's pool.
     pub pool: String,
+    /// Its namespace; empty for the default one.
+    pub namespace: String,
     /// The parent image.
     pub image: String,
+    /// The id of that image, where librbd tells.
+    pub image_id: Option<String>,
     /// The parent's snapshot.
     pub snapshot: String,
 }
@@ -386,6 +391,55 @@ fn read_metadata(raw: rbd_image_t, what: &str) -> Result<BTreeMap<Vec<u8>, Vec<u
 }
 
 fn read_parent(raw: rbd_image_t, what: &str) -> Result<Option<Parent>, RbdError> {
+    let found = match sys::newer::rbd_get_parent() {
+        Some(calls) => read_parent_spec(raw, what, calls),
+        None => read_parent_names(raw, what),
+    };
+    match found {
+        Err(error) if error.is_not_found() => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+fn read_parent_spec(raw: rbd_image_t, what: &str, calls: GetParent) -> Result<Parent, RbdError> {
+    let mut image = LinkedImageSpec {
+        pool_id: 0,
+        pool_name: ptr::null_mut(),
+        pool_namespace: ptr::null_mut(),
+        image_id: ptr::null_mut(),
+        image_name: ptr::null_mut(),
+        trash: false,
+    };
+    let mut snap = SnapSpec { id: 0, namespace_type: 0, name: ptr::null_mut() };
+    // SAFETY: the caller's image is open, both structs are librbd's.
+    let code = unsafe { (calls.get)(raw, &mut image, &mut snap) };
+    check(code, || what.to_owned())?;
+    let text = |name: *mut c_char| {
+        if name.is_null() {
+            return Ok(String::new());
+        }
+        // SAFETY: librbd filled the field with a NUL-terminated string.
+        let name = unsafe { CStr::from_ptr(name) };
+        utf8(name.to_bytes(), || what.to_owned())
+    };
+    let parent = (|| {
+        Ok(Parent {
+            pool: text(image.pool_name)?,
+            namespace: text(image.pool_namespace)?,
+            image: text(image.image_name)?,
+            image_id: Some(text(image.image_id)?),
+            snapshot: text(snap.name)?,
+        })
+    })();
+    // SAFETY: librbd filled the struct, and nothing refers to it any more.
+    unsafe { (calls.free_image)(&mut image) };
+    // SAFETY: as above.
+    unsafe { (calls.free_snap)(&mut snap) };
+    parent
+}
+
+/// What librbd before Nautilus tells: no namespaces, no ids.
+fn read_parent_names(raw: rbd_image_t, what: &str) -> Result<Parent, RbdError> {
     const ROOM: usize = 4096;
     let mut names = [[0_u8; ROOM]; 3];
     let [pool, image, snapshot] = &mut names;
@@ -401,13 +455,16 @@ fn read_parent(raw: rbd_image_t, what: &str) -> Result<Option<Parent>, RbdError>
             ROOM,
         )
     };
-    if code == -Errno::NOENT.raw_os_error() {
-        return Ok(None);
-    }
     check(code, || what.to_owned())?;
     let text = |buffer: &[u8]| {
         let end = buffer.iter().position(|byte| *byte == 0).unwrap_or(buffer.len());
         utf8(&buffer[..end], || what.to_owned())
     };
-    Ok(Some(Parent { pool: text(pool)?, image: text(image)?, snapshot: text(snapshot)? }))
+    Ok(Parent {
+        pool: text(pool)?,
+        namespace: String::new(),
+        image: text(image)?,
+        image_id: None,
+        snapshot: text(snapshot)?,
+    })
 }

@@ -17,9 +17,9 @@
 use std::ops::Range;
 
 use super::{RbdDiffSource, SourceError};
-use crate::backup::DiffMode;
 use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind};
+use crate::options::DiffMode;
 use crate::rbd::{Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
 
 /// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent

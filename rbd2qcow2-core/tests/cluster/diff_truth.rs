@@ -7,10 +7,10 @@ use std::fmt;
 use std::ops::Range;
 use std::time::Duration;
 
-use rbd2qcow2_core::backup::DiffMode;
 use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::extent::{self, Extent, ExtentKind};
+use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::rbd::Pool;
 use rbd2qcow2_core::source::RbdDiffSource;
 use rbd2qcow2_core::source::librbd::LibrbdSource;

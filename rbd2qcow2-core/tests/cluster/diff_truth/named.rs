@@ -1,6 +1,6 @@
 //! Each kind of image and of history that a diff was ever wrong about, or could be.
 
-use rbd2qcow2_core::backup::DiffMode;
+use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::rbd::{Granularity, Pool};
 use rbd2qcow2_core::source::RbdDiffSource;
 

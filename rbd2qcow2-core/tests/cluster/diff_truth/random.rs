@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rbd2qcow2_core::backup::DiffMode;
+use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::rbd::Pool;
 
 use super::{Pair, Wrong, check_reads, compare, open_pool};

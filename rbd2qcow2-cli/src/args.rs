@@ -1,0 +1,311 @@
+//! The command line: its options, and what they mean to the library.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
+use rbd2qcow2_core::pool::PoolBackup;
+use rbd2qcow2_core::rbd::ClusterOptions;
+
+mod values;
+
+use values::PoolSpec;
+
+#[cfg(test)]
+mod tests;
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    all done
+  1    at least one image failed (the others were still done), or the program could not
+       begin or could not write its output
+  2    wrong usage
+  130  interrupted by SIGINT or SIGTERM; what was under way is removed, nothing else is
+       touched. A second signal ends the program at once.";
+
+const EXAMPLES: &str = "\
+Examples:
+  rbd2qcow2 backup rbd /backups              all images of the pool `rbd`
+  rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
+  rbd2qcow2 list /backups
+  qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
+
+const BACKUP_EXAMPLES: &str = "\
+Examples:
+  rbd2qcow2 backup rbd /backups                       all images of the pool `rbd`
+  rbd2qcow2 backup rbd/tenant1 /backups vm-1 vm-2     two images of a namespace
+  rbd2qcow2 backup rbd /backups --exclude 'tmp-*' --rate-limit 200M
+  rbd2qcow2 backup rbd /backups --dry-run             what would be done, and how much
+  rbd2qcow2 backup rbd /backups --json -q             a report for programs
+
+An image whose metadata has the key `backup-skip` is skipped.";
+
+const LIST_EXAMPLES: &str = "\
+Examples:
+  rbd2qcow2 list /backups
+  rbd2qcow2 list /backups vm-1 --json
+
+Needs no cluster. A damaged chain is a warning on standard error and does not change the exit
+status; the points that can still be made out are listed.";
+
+/// Back up Ceph RBD images into chains of qcow2 files.
+///
+/// Each backup of an image is one qcow2 file whose backing file is the backup before it: at once a
+/// restore point that QEMU boots and the difference to its predecessor.
+#[derive(Debug, Parser)]
+#[command(name = "rbd2qcow2", version, after_help = format!("{EXAMPLES}\n\n{EXIT_STATUS}"))]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// How to reach the cluster.
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// What to tell.
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Back up images of a pool
+    #[command(after_help = format!("{BACKUP_EXAMPLES}\n\n{EXIT_STATUS}"))]
+    Backup(BackupArgs),
+    /// List the backups in a directory
+    #[command(after_help = format!("{LIST_EXAMPLES}\n\n{EXIT_STATUS}"))]
+    List(ListArgs),
+}
+
+/// How to reach the cluster: the options of `rbd`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cluster options (as in `rbd`)")]
+struct ClusterArgs {
+    /// Ceph's configuration file [default: as in `rbd`: CEPH_CONF, /etc/ceph/ceph.conf, ...]
+    #[arg(short, long, value_name = "FILE", global = true)]
+    conf: Option<PathBuf>,
+    /// The client's name without its type: `--id admin` is `--name client.admin`
+    #[arg(long, value_name = "ID", global = true, value_parser = values::non_empty)]
+    id: Option<String>,
+    /// The client's full name
+    #[arg(short, long, value_name = "NAME", global = true, value_parser = values::entity)]
+    name: Option<String>,
+    /// The client's keyring
+    #[arg(short, long, value_name = "FILE", global = true)]
+    keyring: Option<PathBuf>,
+    /// The monitors' addresses
+    #[arg(short, long, value_name = "HOSTS", global = true, value_parser = values::non_empty)]
+    mon_host: Option<String>,
+}
+
+/// What to tell, and how.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output options")]
+pub struct OutputArgs {
+    /// Print JSON Lines on standard output, and nothing else there
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Tell more, the stages of each image and their rates for instance; twice for traces. The
+    /// environment's RUST_LOG chooses the log messages in detail
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Tell only warnings and errors, and show no progress
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// When to show progress bars on standard error
+    #[arg(long, value_name = "WHEN", global = true, default_value = "auto")]
+    pub progress: ProgressWhen,
+}
+
+/// When to show progress bars.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ProgressWhen {
+    /// On a terminal
+    Auto,
+    /// Even where standard error is no terminal
+    Always,
+    /// Not at all
+    Never,
+}
+
+/// The arguments of `backup`.
+#[derive(Debug, Args)]
+pub struct BackupArgs {
+    /// The pool, and the RBD namespace within it
+    #[arg(value_name = "POOL[/NAMESPACE]")]
+    pool: PoolSpec,
+    /// Existing directory that holds a directory for each image
+    #[arg(value_name = "DEST")]
+    dest: PathBuf,
+    /// Images to back up; all of the pool when none is named
+    #[arg(value_name = "IMAGE", value_parser = values::non_empty)]
+    images: Vec<String>,
+    /// Leave out images whose name matches; may be given several times
+    #[arg(long, value_name = "GLOB")]
+    exclude: Vec<String>,
+    /// Images at once. All share one budget of memory
+    #[arg(short, long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
+    jobs: u16,
+    /// Reads in flight for each image
+    #[arg(short, long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    parallel: u16,
+    /// What writes the qcow2 files
+    #[arg(long, value_name = "WRITER", default_value = "qemu-nbd")]
+    writer: WriterArg,
+    /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read). `zstd:LEVEL`, 1 to 22,
+    /// needs a writer that can set it; qemu-nbd cannot
+    #[arg(long, value_name = "none|zlib|zstd[:LEVEL]", default_value = "none", value_parser = values::compression)]
+    compression: Compression,
+    /// Cluster size of new files: a power of two from 512 to 2M [default: the writer's choice]
+    #[arg(long, value_name = "SIZE", value_parser = values::cluster_size)]
+    cluster_size: Option<u32>,
+    /// How changes are found
+    #[arg(long, value_name = "MODE", default_value = "exact")]
+    diff: DiffArg,
+    /// Make a full backup even where an incremental one is possible
+    #[arg(long)]
+    full: bool,
+    /// Newest snapshots of each chain to keep in the cluster; the last is the next backup's base
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    keep_snapshots: u16,
+    /// Read at most so many bytes a second from the cluster, over all images; K, M, G, T are powers
+    /// of 1024
+    #[arg(long, value_name = "BYTES/s", value_parser = values::bytes)]
+    rate_limit: Option<u64>,
+    /// Say what would be done and how much, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Give an image up when the cluster leaves a request unanswered for so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: u64,
+    /// The program `qemu-img`
+    #[arg(long, value_name = "PATH", default_value = "qemu-img", env = "RBD2QCOW2_QEMU_IMG")]
+    qemu_img: PathBuf,
+    /// The program `qemu-nbd`
+    #[arg(long, value_name = "PATH", default_value = "qemu-nbd", env = "RBD2QCOW2_QEMU_NBD")]
+    qemu_nbd: PathBuf,
+}
+
+/// What writes the layers, as the command line names it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum WriterArg {
+    /// A qemu-nbd process for each file
+    QemuNbd,
+}
+
+/// How changes are found, as the command line names it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DiffArg {
+    /// Compare every object that exists in one of the two snapshots; never misses a change. Without
+    /// valid object maps the same as scan
+    Exact,
+    /// Compare every object, without object maps; never misses a change
+    Scan,
+    /// Believe the object maps. MISSES CHANGES after a rollback to a snapshot, after an image was
+    /// shrunk and grown again, and wherever a client wrote a wrong object map
+    Fast,
+}
+
+/// The arguments of `list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// Directory that holds a directory for each image
+    #[arg(value_name = "DEST")]
+    pub dest: PathBuf,
+    /// Images to list; all when none is named
+    #[arg(value_name = "IMAGE", value_parser = values::non_empty)]
+    pub images: Vec<String>,
+}
+
+impl Cli {
+    /// Parses the arguments (the first is the program's name) and checks them against each other.
+    ///
+    /// # Errors
+    /// Wrong usage, and also a call for help or the version: `exit_code` tells them apart.
+    pub fn from_args(args: impl IntoIterator<Item = OsString>) -> Result<Self, clap::Error> {
+        let cli = Self::try_parse_from(args)?;
+        cli.check().map_err(|(kind, text)| Self::command().error(kind, text))?;
+        Ok(cli)
+    }
+
+    /// What clap cannot check: it looks for conflicts only among options on the same side of the
+    /// subcommand, and these may stand on both.
+    fn check(&self) -> Result<(), (ErrorKind, &'static str)> {
+        if self.cluster.id.is_some() && self.cluster.name.is_some() {
+            return Err((ErrorKind::ArgumentConflict, "--id and --name cannot be used together"));
+        }
+        if self.output.quiet && self.output.verbose > 0 {
+            return Err((ErrorKind::ArgumentConflict, "--quiet and --verbose cannot be used together"));
+        }
+        match &self.command {
+            Command::Backup(args) => args.check(),
+            Command::List(_) => Ok(()),
+        }
+    }
+
+    /// How to reach the cluster, for the library.
+    pub fn cluster(&self) -> ClusterOptions {
+        let args = &self.cluster;
+        let mut options = ClusterOptions::default();
+        options.conf.clone_from(&args.conf);
+        options.name = args.name.clone().or_else(|| args.id.as_ref().map(|id| format!("client.{id}")));
+        options.keyring.clone_from(&args.keyring);
+        options.mon_host.clone_from(&args.mon_host);
+        options
+    }
+}
+
+impl BackupArgs {
+    /// Refuses what each option allows, but not together.
+    fn check(&self) -> Result<(), (ErrorKind, &'static str)> {
+        match (self.writer, self.compression) {
+            (WriterArg::QemuNbd, Compression::Zstd { level: Some(_) }) => Err((
+                ErrorKind::ArgumentConflict,
+                "qemu-nbd cannot set a level of compression: say `--compression zstd`",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The run that these arguments ask for.
+    pub fn to_run(&self, cluster: ClusterOptions) -> PoolBackup {
+        PoolBackup {
+            cluster,
+            pool: self.pool.pool.clone(),
+            namespace: self.pool.namespace.clone(),
+            dest: self.dest.clone(),
+            images: self.images.clone(),
+            exclude: self.exclude.clone(),
+            jobs: self.jobs.into(),
+            options: self.options(),
+        }
+    }
+
+    /// How each image is backed up.
+    fn options(&self) -> BackupOptions {
+        let mut options = BackupOptions::default();
+        options.parallel = self.parallel.into();
+        options.writer = match self.writer {
+            WriterArg::QemuNbd => Writer::QemuNbd,
+        };
+        options.compression = self.compression;
+        options.cluster_size = self.cluster_size;
+        options.diff = match self.diff {
+            DiffArg::Exact => DiffMode::Exact,
+            DiffArg::Scan => DiffMode::Scan,
+            DiffArg::Fast => DiffMode::Fast,
+        };
+        options.full = self.full;
+        options.keep_snapshots = self.keep_snapshots.into();
+        options.rate_limit = self.rate_limit;
+        options.dry_run = self.dry_run;
+        options.patience = Duration::from_secs(self.timeout);
+        options.qemu_img.clone_from(&self.qemu_img);
+        options.qemu_nbd.clone_from(&self.qemu_nbd);
+        options
+    }
+}

@@ -1,0 +1,172 @@
+//! What the command line accepts, refuses and comes to mean.
+
+use super::values::{self, ValueError};
+use super::*;
+
+/// Parses a command line given as words between spaces.
+fn parse(line: &str) -> Result<Cli, clap::Error> {
+    Cli::from_args(["rbd2qcow2"].into_iter().chain(line.split_whitespace()).map(OsString::from))
+}
+
+/// The run that a `backup` line asks for.
+fn run_of(line: &str) -> PoolBackup {
+    let cli = parse(line).unwrap();
+    let cluster = cli.cluster();
+    match cli.command {
+        Command::Backup(args) => args.to_run(cluster),
+        Command::List(_) => panic!("not a backup: {line}"),
+    }
+}
+
+/// The refusal of a line, which must be wrong usage.
+fn refusal(line: &str) -> String {
+    let error = parse(line).unwrap_err();
+    assert_eq!(error.exit_code(), 2, "{line}: {error}");
+    error.to_string()
+}
+
+#[test]
+fn clap_finds_no_contradiction() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn defaults_are_those_of_the_library() {
+    // The programs are named so that the environment cannot have a say.
+    let run = run_of("backup rbd /backups --qemu-img qemu-img --qemu-nbd qemu-nbd");
+    assert_eq!((run.pool.as_str(), run.namespace.as_str()), ("rbd", ""));
+    assert_eq!(run.dest, PathBuf::from("/backups"));
+    assert_eq!(run.jobs, 4);
+    assert!(run.images.is_empty() && run.exclude.is_empty());
+    assert_eq!(run.cluster, ClusterOptions::default());
+    assert_eq!(format!("{:?}", run.options), format!("{:?}", BackupOptions::default()));
+}
+
+#[test]
+fn every_option_of_backup_arrives() {
+    let run = run_of(
+        "backup rbd/ns /backups a b --exclude x* --exclude y* -j 2 -p 256 --writer qemu-nbd \
+         --compression zstd --cluster-size 128K --diff scan --full --keep-snapshots 3 --rate-limit 10M \
+         --dry-run --timeout 7 --qemu-img /q/img --qemu-nbd /q/nbd",
+    );
+    assert_eq!((run.pool.as_str(), run.namespace.as_str()), ("rbd", "ns"));
+    assert_eq!((run.images, run.exclude), (vec!["a".into(), "b".into()], vec!["x*".into(), "y*".into()]));
+    assert_eq!(run.jobs, 2);
+    let options = run.options;
+    assert_eq!(options.parallel, 256);
+    assert_eq!(options.compression, Compression::Zstd { level: None });
+    assert_eq!(options.cluster_size, Some(131_072));
+    assert_eq!(options.diff, DiffMode::Scan);
+    assert!(options.full && options.dry_run);
+    assert_eq!(options.keep_snapshots, 3);
+    assert_eq!(options.rate_limit, Some(10 << 20));
+    assert_eq!(options.patience, Duration::from_secs(7));
+    assert_eq!(options.qemu_img, PathBuf::from("/q/img"));
+    assert_eq!(options.qemu_nbd, PathBuf::from("/q/nbd"));
+}
+
+#[test]
+fn cluster_options_may_stand_on_either_side() {
+    let all = "-c /x/ceph.conf -n client.b -k /x/keyring -m 10.0.0.1,10.0.0.2";
+    let long = "--conf /x/ceph.conf --id b --keyring /x/keyring --mon-host 10.0.0.1,10.0.0.2";
+    for line in [format!("{all} backup rbd /d"), format!("backup {long} rbd /d")] {
+        let cluster = run_of(&line).cluster;
+        assert_eq!(cluster.conf, Some("/x/ceph.conf".into()), "{line}");
+        assert_eq!(cluster.name.as_deref(), Some("client.b"), "{line}");
+        assert_eq!(cluster.keyring, Some("/x/keyring".into()), "{line}");
+        assert_eq!(cluster.mon_host.as_deref(), Some("10.0.0.1,10.0.0.2"), "{line}");
+    }
+}
+
+#[test]
+fn conflicts_are_found_across_the_subcommand() {
+    assert!(refusal("--id a --name client.b list /d").contains("--id and --name"));
+    assert!(refusal("--id a list /d --name client.b").contains("--id and --name"));
+    assert!(refusal("-q list /d -v").contains("--quiet and --verbose"));
+}
+
+#[test]
+fn a_level_is_refused_for_its_reason() {
+    assert!(refusal("backup rbd /d --compression zstd:3").contains("qemu-nbd cannot set a level"));
+    assert!(refusal("backup rbd /d --compression zstd:23").contains("from 1 to 22"));
+}
+
+#[test]
+fn wrong_usage_is_refused() {
+    for line in [
+        "",
+        "restore /d x",
+        "backup",
+        "backup rbd",
+        "backup / /d",
+        "backup rbd/ /d",
+        "backup rbd/a/b /d",
+        "backup rbd /d -j 0",
+        "backup rbd /d -p 0",
+        "backup rbd /d -p 257",
+        "backup rbd /d --keep-snapshots 0",
+        "backup rbd /d --writer native",
+        "backup rbd /d --compression lz4",
+        "backup rbd /d --cluster-size 3K",
+        "backup rbd /d --diff quick",
+        "backup rbd /d --rate-limit 0",
+        "backup rbd /d --rate-limit fast",
+        "backup rbd /d --timeout 0",
+        "backup rbd /d --progress sometimes",
+        "-n admin backup rbd /d",
+        "list",
+        "list /d --exclude x",
+    ] {
+        refusal(line);
+    }
+}
+
+#[test]
+fn help_names_the_hazard_of_fast() {
+    let mut cli = Cli::command();
+    let help = cli.find_subcommand_mut("backup").unwrap().render_long_help().to_string();
+    for word in ["MISSES CHANGES", "rollback", "shrunk and grown", "wrong object map", "Exit status"] {
+        assert!(help.contains(word), "{word} is not in {help}");
+    }
+}
+
+#[test]
+fn sizes() {
+    assert_eq!(values::bytes("1"), Ok(1));
+    assert_eq!(values::bytes("64k"), Ok(65_536));
+    assert_eq!(values::bytes("64K"), Ok(65_536));
+    assert_eq!(values::bytes("2M"), Ok(2 << 20));
+    assert_eq!(values::bytes("3G"), Ok(3 << 30));
+    assert_eq!(values::bytes("16T"), Ok(16 << 40));
+    for text in ["", "K", "-1", "+1", "1.5G", "1KB", "1 K", "0x10", "١", "1é"] {
+        assert_eq!(values::bytes(text), Err(ValueError::Bytes), "{text}");
+    }
+    assert_eq!(values::bytes("0"), Err(ValueError::Zero));
+    assert_eq!(values::bytes("99999999999999999999"), Err(ValueError::TooLarge));
+    assert_eq!(values::bytes("16777216T"), Err(ValueError::TooLarge));
+}
+
+#[test]
+fn cluster_sizes() {
+    assert_eq!(values::cluster_size("512"), Ok(512));
+    assert_eq!(values::cluster_size("64K"), Ok(65_536));
+    assert_eq!(values::cluster_size("2M"), Ok(2 << 20));
+    for text in ["256", "4M", "65535", "8T"] {
+        assert_eq!(values::cluster_size(text), Err(ValueError::ClusterSize), "{text}");
+    }
+}
+
+#[test]
+fn compressions() {
+    assert_eq!(values::compression("none"), Ok(Compression::None));
+    assert_eq!(values::compression("zlib"), Ok(Compression::Zlib));
+    assert_eq!(values::compression("zstd"), Ok(Compression::Zstd { level: None }));
+    assert_eq!(values::compression("zstd:1"), Ok(Compression::Zstd { level: Some(1) }));
+    assert_eq!(values::compression("zstd:22"), Ok(Compression::Zstd { level: Some(22) }));
+    for text in ["zstd:0", "zstd:23", "zstd:", "zstd:x"] {
+        assert_eq!(values::compression(text), Err(ValueError::Level), "{text}");
+    }
+    for text in ["", "zlib:3", "ZSTD", "lzo"] {
+        assert_eq!(values::compression(text), Err(ValueError::Compression), "{text}");
+    }
+}

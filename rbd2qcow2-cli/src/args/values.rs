@@ -1,0 +1,122 @@
+//! Values of options: from text to what they mean.
+
+use std::str::FromStr;
+
+use rbd2qcow2_core::layer::Compression;
+
+/// Why a value is refused. Clap shows it behind the option and the value.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ValueError {
+    /// Nothing where a name must be.
+    #[error("must not be empty")]
+    Empty,
+    /// A pool that is neither `POOL` nor `POOL/NAMESPACE`.
+    #[error("must be POOL or POOL/NAMESPACE")]
+    Pool,
+    /// A client's name without its type.
+    #[error("must be TYPE.ID, `client.admin` for instance; for `--name client.ID` say `--id ID`")]
+    Entity,
+    /// Not a number of bytes.
+    #[error("must be a whole number of bytes, with K, M, G or T for powers of 1024")]
+    Bytes,
+    /// More bytes than can be counted.
+    #[error("is too large")]
+    TooLarge,
+    /// None where there must be some.
+    #[error("must not be 0")]
+    Zero,
+    /// Not a cluster size that qcow2 has.
+    #[error("must be a power of two from 512 to 2M")]
+    ClusterSize,
+    /// Not a compression.
+    #[error("must be none, zlib, zstd or zstd:LEVEL")]
+    Compression,
+    /// Not a level of Zstandard.
+    #[error("the level must be a number from 1 to 22")]
+    Level,
+}
+
+/// `POOL[/NAMESPACE]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PoolSpec {
+    /// The pool's name, not empty.
+    pub pool: String,
+    /// The namespace within the pool; empty for the default one.
+    pub namespace: String,
+}
+
+impl FromStr for PoolSpec {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let (pool, namespace) = match text.split_once('/') {
+            None => (text, ""),
+            // `rbd` has no way either to name a pool or a namespace with a slash in it.
+            Some((_, namespace)) if namespace.is_empty() || namespace.contains('/') => {
+                return Err(ValueError::Pool);
+            }
+            Some(both) => both,
+        };
+        if pool.is_empty() {
+            return Err(ValueError::Pool);
+        }
+        Ok(Self { pool: pool.to_owned(), namespace: namespace.to_owned() })
+    }
+}
+
+/// A name that is not empty.
+pub fn non_empty(text: &str) -> Result<String, ValueError> {
+    if text.is_empty() { Err(ValueError::Empty) } else { Ok(text.to_owned()) }
+}
+
+/// A client's full name, `client.admin` for instance.
+pub fn entity(text: &str) -> Result<String, ValueError> {
+    match text.split_once('.') {
+        Some((kind, id)) if !kind.is_empty() && !id.is_empty() => Ok(text.to_owned()),
+        _ => Err(ValueError::Entity),
+    }
+}
+
+/// A number of bytes, not 0. The suffixes K, M, G and T stand for powers of 1024.
+pub fn bytes(text: &str) -> Result<u64, ValueError> {
+    let shift = match text.bytes().last().map(|suffix| suffix.to_ascii_uppercase()) {
+        Some(b'K') => 10,
+        Some(b'M') => 20,
+        Some(b'G') => 30,
+        Some(b'T') => 40,
+        _ => 0,
+    };
+    let digits = if shift == 0 { text } else { &text[..text.len() - 1] };
+    // Not left to `parse`, which takes a plus sign and tells "too large" no differently.
+    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(ValueError::Bytes);
+    }
+    let number: u64 = digits.parse().map_err(|_| ValueError::TooLarge)?;
+    match number.checked_mul(1 << shift) {
+        None => Err(ValueError::TooLarge),
+        Some(0) => Err(ValueError::Zero),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+/// A cluster size that qcow2 has.
+pub fn cluster_size(text: &str) -> Result<u32, ValueError> {
+    match u32::try_from(bytes(text)?) {
+        Ok(size) if size.is_power_of_two() && (512..=2 << 20).contains(&size) => Ok(size),
+        _ => Err(ValueError::ClusterSize),
+    }
+}
+
+/// How clusters are stored.
+pub fn compression(text: &str) -> Result<Compression, ValueError> {
+    match text.split_once(':') {
+        None if text == "none" => Ok(Compression::None),
+        None if text == "zlib" => Ok(Compression::Zlib),
+        None if text == "zstd" => Ok(Compression::Zstd { level: None }),
+        Some(("zstd", level)) => match level.parse() {
+            Ok(level @ 1..=22) => Ok(Compression::Zstd { level: Some(level) }),
+            _ => Err(ValueError::Level),
+        },
+        _ => Err(ValueError::Compression),
+    }
+}

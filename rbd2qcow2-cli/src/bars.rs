@@ -1,0 +1,233 @@
+//! Progress bars: one for each image under way and one for the whole run.
+
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use rbd2qcow2_core::progress::{Progress, Stage};
+
+use crate::{human, stages};
+
+/// Steps of the total's bar for each image. Sizes of images that were not begun are unknown, so the
+/// total counts images, each in so many parts.
+const PARTS: u64 = 1000;
+
+/// A remaining time beyond this is a guess from too little.
+const LONGEST_GUESS: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// The bars of a run.
+#[derive(Debug)]
+pub struct Bars {
+    /// Draws them.
+    multi: MultiProgress,
+    /// The bar of the whole run.
+    total: ProgressBar,
+    /// Never drawn: keeps the rate of the whole run's reads.
+    total_reads: ProgressBar,
+    /// What is known at the moment.
+    state: Mutex<State>,
+}
+
+/// What the bars show.
+#[derive(Debug, Default)]
+struct State {
+    /// Images of the run.
+    images: u64,
+    /// Images that ended.
+    ended: u64,
+    /// Bytes that those read.
+    ended_read: u64,
+    /// Images under way.
+    running: Vec<Running>,
+}
+
+/// An image under way.
+#[derive(Debug)]
+struct Running {
+    /// The image's name.
+    image: String,
+    /// What it is doing.
+    stage: Stage,
+    /// Its counters.
+    progress: Arc<Progress>,
+    /// Its bar: bytes dealt with, of its size.
+    bar: ProgressBar,
+    /// Never drawn: keeps the rate of its reads.
+    reads: ProgressBar,
+}
+
+impl Bars {
+    /// Bars that `multi` draws.
+    pub fn new(multi: &MultiProgress) -> Self {
+        let total = multi.add(ProgressBar::new(1).with_style(style()).with_prefix("total"));
+        Self { multi: multi.clone(), total, total_reads: ProgressBar::hidden(), state: Mutex::default() }
+    }
+
+    /// The run has so many images.
+    pub fn selected(&self, images: usize) {
+        let images = u64::try_from(images).unwrap_or(u64::MAX);
+        self.state().images = images;
+        self.total.set_length(images.saturating_mul(PARTS));
+    }
+
+    /// An image has begun.
+    pub fn started(&self, image: &str, progress: &Arc<Progress>) {
+        let bar = ProgressBar::new(1).with_style(style()).with_prefix(human::name(image));
+        let bar = self.multi.insert_before(&self.total, bar);
+        let running = Running {
+            image: image.to_owned(),
+            stage: Stage::Prepare,
+            progress: Arc::clone(progress),
+            bar,
+            reads: ProgressBar::hidden(),
+        };
+        self.state().running.push(running);
+    }
+
+    /// An image has reached a stage.
+    pub fn stage(&self, image: &str, stage: Stage) {
+        if let Some(running) = self.state().running.iter_mut().find(|running| running.image == image) {
+            running.stage = stage;
+        }
+    }
+
+    /// An image has ended; its bar goes.
+    pub fn finished(&self, image: &str) {
+        let mut state = self.state();
+        state.ended += 1;
+        if let Some(index) = state.running.iter().position(|running| running.image == image) {
+            let running = state.running.swap_remove(index);
+            state.ended_read += running.progress.read.get();
+            running.bar.finish_and_clear();
+            self.multi.remove(&running.bar);
+        }
+    }
+
+    /// Brings all bars up to date. To be called some times a second.
+    pub fn tick(&self) {
+        let state = self.state();
+        let (mut parts, mut read) = (state.ended.saturating_mul(PARTS), state.ended_read);
+        for running in &state.running {
+            running.tick();
+            parts += running.parts();
+            read += running.progress.read.get();
+        }
+        self.total_reads.set_position(read);
+        self.total_reads.tick();
+        self.total.set_position(parts);
+        self.total.set_message(format!(
+            "{}/{} images, {} read, {}{}",
+            state.ended,
+            state.images,
+            HumanBytes(read),
+            human::speed(self.total_reads.per_sec()),
+            remaining(&self.total),
+        ));
+        self.total.tick();
+    }
+
+    /// Takes all bars away.
+    pub fn clear(&self) {
+        for running in self.state().running.drain(..) {
+            running.bar.finish_and_clear();
+        }
+        self.total.finish_and_clear();
+    }
+
+    /// What is shown. A panic elsewhere leaves it whole: no step of a change depends on another.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Running {
+    /// Brings the image's bar up to date.
+    fn tick(&self) {
+        let (size, scanned) = (self.progress.size.get(), self.progress.scanned.get());
+        let read = self.progress.read.get();
+        self.reads.set_position(read);
+        self.reads.tick();
+        // A bar of no length would look full while the size is still unknown.
+        self.bar.set_length(size.max(1));
+        self.bar.set_position(scanned.min(size));
+        let mut message = stages::word(self.stage).to_owned();
+        if self.stage == Stage::Copy {
+            // Writing to a string cannot fail.
+            let _ = write!(
+                message,
+                " {} read, {}{}; at {} of {}",
+                HumanBytes(read),
+                human::speed(self.reads.per_sec()),
+                remaining(&self.bar),
+                HumanBytes(scanned),
+                HumanBytes(size),
+            );
+        }
+        self.bar.set_message(message);
+        self.bar.tick();
+    }
+
+    /// How much of the image is dealt with, in [`PARTS`].
+    fn parts(&self) -> u64 {
+        let (size, scanned) = (self.progress.size.get(), self.progress.scanned.get());
+        let parts = u128::from(scanned.min(size)) * u128::from(PARTS) / u128::from(size.max(1));
+        u64::try_from(parts).unwrap_or(PARTS)
+    }
+}
+
+/// What a bar looks like. The message is cut where the terminal ends: on 80 columns an image's message
+/// keeps its first 39 characters.
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("{prefix:16!} [{bar:16}] {percent:>3}% {wide_msg}")
+        .expect("a constant template is well-formed")
+        .progress_chars("=> ")
+}
+
+/// How long the bar will still take, where that can be guessed.
+fn remaining(bar: &ProgressBar) -> String {
+    let eta = bar.eta();
+    let known = bar.position() > 0 && bar.length().is_some_and(|length| bar.position() < length);
+    if known && !eta.is_zero() && eta < LONGEST_GUESS {
+        format!(", {:#} left", HumanDuration(eta))
+    } else {
+        String::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_total_counts_ended_images_and_parts_of_running_ones() {
+        let bars = Bars::new(&MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()));
+        bars.selected(4);
+        let [first, second] = [Arc::<Progress>::default(), Arc::<Progress>::default()];
+        bars.started("a", &first);
+        bars.started("b", &second);
+        first.read.add(1 << 30);
+        bars.finished("a");
+        bars.stage("b", Stage::Copy);
+        second.size.add(16 << 40);
+        second.scanned.add(8 << 40);
+        second.read.add(1 << 30);
+        bars.tick();
+        assert_eq!(bars.total.position(), 1500);
+        assert_eq!(bars.total.length(), Some(4000));
+        assert!(bars.total.message().starts_with("1/4 images, 2.00 GiB read"), "{}", bars.total.message());
+        let message = bars.state().running[0].bar.message();
+        assert!(message.starts_with("copy 1.00 GiB read, "), "{message}");
+        assert!(message.ends_with("; at 8.00 TiB of 16.00 TiB"), "{message}");
+    }
+
+    #[test]
+    fn an_image_of_no_size_is_no_division_by_zero() {
+        let bars = Bars::new(&MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()));
+        bars.selected(1);
+        bars.started("empty", &Arc::default());
+        bars.tick();
+        assert_eq!(bars.total.position(), 0);
+        bars.clear();
+    }
+}

@@ -1,0 +1,115 @@
+//! Numbers, names and errors as people read them.
+
+use std::error::Error;
+use std::fmt::Write;
+use std::time::Duration;
+
+use indicatif::HumanBytes;
+use jiff::fmt::friendly::{FractionalUnit, SpanPrinter};
+
+/// A time, to a tenth of a second: `2.3s`, `1h 2m 3.4s`.
+pub fn duration(time: Duration) -> String {
+    const PRINTER: SpanPrinter =
+        SpanPrinter::new().fractional(Some(FractionalUnit::Second)).precision(Some(1));
+    PRINTER.unsigned_duration_to_string(&time)
+}
+
+/// Bytes a second, on the average over `time`.
+pub fn rate(bytes: u64, time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    if seconds > 0.0 { speed(approximate(bytes) / seconds) } else { speed(0.0) }
+}
+
+/// Bytes a second.
+pub fn speed(bytes_per_second: f64) -> String {
+    // A cast of a float saturates, and a fraction of a byte is of no interest.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    let whole = bytes_per_second as u64;
+    format!("{}/s", HumanBytes(whole))
+}
+
+/// The number as a float, for ratios that people look at.
+pub fn approximate(number: u64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "nobody sees the sixteenth digit")]
+    let float = number as f64;
+    float
+}
+
+/// The text with control characters made visible, line ends and tabs apart.
+///
+/// Image names hold anything: one with escape sequences must not play with a terminal.
+pub fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() && !matches!(character, '\n' | '\t') {
+            shown.extend(character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+/// A name on one line, with all its control characters made visible.
+pub fn name(text: &str) -> String {
+    printable(text).replace('\n', "\\n").replace('\t', "\\t")
+}
+
+/// The error and its causes, outermost first.
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = String> + use<'a> {
+    std::iter::successors(Some(error), |&error| error.source()).map(ToString::to_string)
+}
+
+/// The error and its causes on one line, joined by `: `.
+pub fn causes_line(error: &(dyn Error + 'static)) -> String {
+    causes(error).collect::<Vec<_>>().join(": ")
+}
+
+/// The error and its causes, one a line.
+pub fn causes_block(error: &(dyn Error + 'static)) -> String {
+    let mut block = String::new();
+    for (depth, cause) in causes(error).enumerate() {
+        if depth > 0 {
+            block.push_str("\n  caused by: ");
+        }
+        // What another program said may take several lines.
+        let _ = write!(block, "{}", cause.trim_end().replace('\n', "\n    "));
+    }
+    block
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot write the layer")]
+    struct Outer(#[source] io::Error);
+
+    #[test]
+    fn durations_have_tenths() {
+        assert_eq!(duration(Duration::ZERO), "0.0s");
+        assert_eq!(duration(Duration::from_millis(2_345)), "2.3s");
+        assert_eq!(duration(Duration::from_secs(3_723)), "1h 2m 3.0s");
+    }
+
+    #[test]
+    fn a_rate_over_no_time_is_none() {
+        assert_eq!(rate(1 << 20, Duration::ZERO), "0 B/s");
+        assert_eq!(rate(3 << 20, Duration::from_secs(2)), "1.50 MiB/s");
+    }
+
+    #[test]
+    fn names_cannot_play_with_the_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jb\nü"), "a\\u{1b}[2Jb\nü");
+        assert_eq!(name("a\r\n\tb"), "a\\r\\n\\tb");
+    }
+
+    #[test]
+    fn causes_are_told_once() {
+        let error = Outer(io::Error::other("qemu-nbd said:\nno space\n"));
+        assert_eq!(causes_line(&error), "cannot write the layer: qemu-nbd said:\nno space\n");
+        assert_eq!(causes_block(&error), "cannot write the layer\n  caused by: qemu-nbd said:\n    no space");
+    }
+}

@@ -1,0 +1,116 @@
+//! The RBD snapshots of a chain: a new one, the left-over ones, the old ones.
+
+use std::cell::Cell;
+use std::time::Duration;
+
+use super::{Backup, BackupError};
+use crate::cancel::Cancel;
+use crate::chain::ChainWriter;
+use crate::chain::names::{ChainId, SnapshotName};
+use crate::rbd::{Image, Patience, Pool, RbdError, Snapshot};
+use crate::source::librbd::LibrbdSource;
+
+/// How long a failed run tries to remove its snapshot. A cluster that is well needs a second at most;
+/// where it is not, the next run removes it.
+const REMOVE_LIMIT: Duration = Duration::from_secs(5);
+
+/// The snapshot that a run takes. Removed on drop, unless a point was made of it.
+pub(super) struct NewSnapshot<'a> {
+    pool: &'a Pool,
+    image: &'a str,
+    name: String,
+    keep: Cell<bool>,
+}
+
+impl<'a> NewSnapshot<'a> {
+    /// Takes the snapshot.
+    pub(super) fn take(pool: &'a Pool, image: &'a str, name: SnapshotName) -> Result<Self, RbdError> {
+        // Made first: a call that was given up may have made the snapshot all the same.
+        let snapshot = Self { pool, image, name: name.to_string(), keep: Cell::new(false) };
+        pool.create_snapshot(image, &snapshot.name)?;
+        Ok(snapshot)
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Leaves the snapshot in the cluster.
+    pub(super) fn keep(&self) {
+        self.keep.set(true);
+    }
+}
+
+impl Drop for NewSnapshot<'_> {
+    fn drop(&mut self) {
+        if self.keep.get() {
+            return;
+        }
+        // The run's own patience has ended when it was interrupted.
+        let pool = self.pool.with_patience(Patience { limit: REMOVE_LIMIT, cancel: Cancel::new() });
+        match pool.remove_snapshot(self.image, &self.name) {
+            Ok(()) => {}
+            // Without the image there is no snapshot either.
+            Err(error) if error.is_not_found() => {}
+            Err(error) => log::warn!("{error}; the next backup of this image removes it"),
+        }
+    }
+}
+
+impl Backup<'_> {
+    /// Removes the snapshots that killed runs of this chain left behind.
+    pub(super) fn remove_unfinished_snapshots(
+        &self,
+        pool: &Pool,
+        head: &Image,
+        chain: &ChainWriter,
+    ) -> Result<(), BackupError> {
+        let announced = chain.announced()?;
+        let mut own = chain.catalogue().chain_ids();
+        own.extend(announced.iter().map(|note| note.snapshot.chain));
+        let unfinished = own_snapshots(&head.snapshots()?, &own)
+            .into_iter()
+            .filter(|name| chain.catalogue().point(name.point).is_none());
+        for name in unfinished {
+            log::info!("{}: removing snapshot {name}, left by a run that did not finish", self.image);
+            pool.remove_snapshot(self.image, &name.to_string())?;
+        }
+        if announced.is_some() {
+            chain.clear_announcement()?;
+        }
+        Ok(())
+    }
+
+    /// Removes the snapshots of this chain that no later backup needs. The point is safe already, so
+    /// what fails here is only told.
+    pub(super) fn remove_older_snapshots(
+        &self,
+        pool: &Pool,
+        source: &LibrbdSource,
+        chain: &ChainWriter,
+        newest: SnapshotName,
+    ) {
+        let mut own = chain.catalogue().chain_ids();
+        own.push(newest.chain);
+        let result = source.image().snapshots().and_then(|snapshots| {
+            let mut names = own_snapshots(&snapshots, &own);
+            names.sort_by_key(|name| std::cmp::Reverse(name.point));
+            for name in names.iter().skip(self.options.keep_snapshots.max(1)) {
+                pool.remove_snapshot(self.image, &name.to_string())?;
+            }
+            Ok(())
+        });
+        if let Err(error) = result {
+            log::warn!("{}: {error}; the point is safe, the next backup tries again", self.image);
+        }
+        if let Err(error) = chain.clear_announcement() {
+            log::warn!("{}: {error}; the point is safe", self.image);
+        }
+    }
+}
+
+/// Those snapshots that are of one of the chains `own`.
+fn own_snapshots(snapshots: &[Snapshot], own: &[ChainId]) -> Vec<SnapshotName> {
+    let names = snapshots.iter().filter_map(|snapshot| SnapshotName::parse(&snapshot.name).ok());
+    names.filter(|name| own.contains(&name.chain)).collect()
+}

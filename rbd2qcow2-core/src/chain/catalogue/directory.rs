@@ -1,0 +1,159 @@
+//! Listing directories: what is there by its name.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::{PYTHON_ROOT, Problem};
+use crate::chain::error::ChainError;
+use crate::chain::lock::LOCK_FILE;
+use crate::chain::names::{FileKind, ImageName, PointFile, PointName};
+use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL};
+
+/// The directories of images in a destination.
+#[derive(Clone, Debug, Default)]
+pub struct Images {
+    /// The images, in the order of their names.
+    pub images: Vec<ImageName>,
+    /// What else is there.
+    pub foreign: Vec<PathBuf>,
+}
+
+/// Lists the images that have a directory in the destination `dest`: one whose name is that of an
+/// image and that holds a lock file or a file of that image. Reads the directories' names only.
+///
+/// # Errors
+/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::Io`].
+pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
+    let mut found = Images::default();
+    for (name, path) in entries(dest, || ChainError::DestinationMissing { path: dest.to_owned() })? {
+        let image = name.and_then(|name| ImageName::decode(&name).ok());
+        match image {
+            Some(image) if is_image_directory(&path, &image)? => found.images.push(image),
+            _ => found.foreign.push(path),
+        }
+    }
+    found.images.sort();
+    Ok(found)
+}
+
+fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError> {
+    let metadata = fs::symlink_metadata(path).map_err(ChainError::io("look at", path))?;
+    if !metadata.is_dir() {
+        return Ok(false);
+    }
+    let names = match entries(path, || ChainError::NoSuchImage { path: path.to_owned() }) {
+        Ok(names) => names,
+        Err(ChainError::NoSuchImage { .. }) => return Ok(false),
+        // One directory that cannot be listed must not hide the others: who reads it is told why.
+        Err(_) => return Ok(true),
+    };
+    let ours =
+        |name: &str| name == LOCK_FILE || PointFile::parse(name).is_some_and(|file| file.image == *image);
+    Ok(names.iter().any(|(name, _)| name.as_deref().is_some_and(ours)))
+}
+
+/// The entries of a directory, sorted: their name where it is text, and their path.
+fn entries(
+    directory: &Path,
+    missing: impl FnOnce() -> ChainError,
+) -> Result<Vec<(Option<String>, PathBuf)>, ChainError> {
+    let listed = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
+            return Err(ChainError::NotADirectory { path: directory.to_owned() });
+        }
+        other => other.map_err(ChainError::io("list the directory", directory))?,
+    };
+    let mut found = Vec::new();
+    for entry in listed {
+        let entry = entry.map_err(ChainError::io("list the directory", directory))?;
+        found.push((entry.file_name().into_string().ok(), entry.path()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What stands at the place of a file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Presence {
+    #[default]
+    Nothing,
+    /// A regular file.
+    File,
+    /// Something else, which was reported.
+    Other,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct OfPoint {
+    pub(super) layer: Presence,
+    pub(super) manifest: Presence,
+    pub(super) digests: Presence,
+}
+
+/// The directory's entries by what they are.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    pub(super) by_point: BTreeMap<PointName, OfPoint>,
+    /// Files that were being written.
+    pub(super) partial: Vec<PathBuf>,
+    pub(super) problems: Vec<Problem>,
+}
+
+impl Files {
+    pub(super) fn sort(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        let mut files = Self::default();
+        for (name, path) in entries(directory, || ChainError::NoSuchImage { path: directory.to_owned() })? {
+            match name {
+                Some(name) => files.take(&name, path, image),
+                None => files.problems.push(Problem::Foreign { path }),
+            }
+        }
+        Ok(files)
+    }
+
+    fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, PYTHON_ROOT].contains(&name) {
+            return;
+        }
+        let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
+        if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
+            // No run makes a directory of that name, so none may remove it.
+            if path.is_dir() && !path.is_symlink() {
+                self.problems.push(Problem::NotARegularFile { path });
+            } else {
+                self.partial.push(path);
+            }
+            return;
+        }
+        let Some(file) = PointFile::parse(name).filter(|file| file.image == *image) else {
+            self.problems.push(Problem::Foreign { path });
+            return;
+        };
+        let presence = match fs::symlink_metadata(&path) {
+            // Renamed or removed since the directory was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(error) => {
+                self.problems.push(Problem::Unreadable { path, cause: error.into() });
+                Presence::Other
+            }
+            Ok(metadata) if metadata.is_file() => Presence::File,
+            Ok(metadata) if metadata.is_symlink() => {
+                self.problems.push(Problem::Symlink { path });
+                Presence::Other
+            }
+            Ok(_) => {
+                self.problems.push(Problem::NotARegularFile { path });
+                Presence::Other
+            }
+        };
+        let of_point = self.by_point.entry(file.point).or_default();
+        match file.kind {
+            FileKind::Layer => of_point.layer = presence,
+            FileKind::Manifest => of_point.manifest = presence,
+            FileKind::Digests => of_point.digests = presence,
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! The pipeline: compare, read, zero-detect, write.
+//!
+//! One thread asks the source for segments; a few compare segments and cut what changed into
+//! blocks; `parallel` threads take a block each, read it and hand it to the layer. The channels
+//! between them are short, and all data lies in buffers of one [`BufferPool`], so memory does not
+//! grow with the image, and a slow stage holds the ones before it back.
+//!
+//! The first error wins: it sets the stop flag and makes the layer refuse work, which ends every
+//! thread; all are joined before [`Copy::run`] returns.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
+
+use crate::buffer::BufferPool;
+use crate::cancel::Cancel;
+use crate::chain::digests::{DigestWriter, SegmentDigests};
+use crate::extent::{Extent, ExtentKind, align, align_up, runs};
+use crate::layer::{LayerError, LayerWriter};
+use crate::progress::Progress;
+use crate::rate::RateLimit;
+use crate::source::{RbdDiffSource, SourceError};
+
+#[cfg(test)]
+mod tests;
+
+/// Threads that compare segments. Eight keep OSDs busy that answer one request per object.
+const DIFF_THREADS: usize = 8;
+
+/// The longest read: an object of the usual size. Longer ones only hold more memory at a time.
+const BLOCK: u64 = 4 << 20;
+
+/// qcow2 counts virtual sizes in sectors.
+const SECTOR: u64 = 512;
+
+/// Why a copy ended before all was copied.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CopyError {
+    /// The source failed.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The layer failed.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// A thread could not be started.
+    #[error("cannot start a thread for the copy")]
+    Thread(#[source] std::io::Error),
+    /// A stop was asked for.
+    #[error("interrupted")]
+    Cancelled,
+}
+
+/// One image's copy: everything that takes part in it.
+#[derive(Clone, Copy)]
+pub struct Copy<'a> {
+    /// What is read.
+    pub source: &'a dyn RbdDiffSource,
+    /// What is written.
+    pub layer: &'a dyn LayerWriter,
+    /// Whether nothing lies below the layer, so that zeroes need not be written.
+    pub root: bool,
+    /// Where the digests of what is written go.
+    pub digests: Option<&'a DigestWriter>,
+    /// Where the memory comes from.
+    pub buffers: &'a BufferPool,
+    /// Limits the reads.
+    pub rate_limit: Option<&'a RateLimit>,
+    /// Reads in flight, at least 1.
+    pub parallel: usize,
+    /// Is counted up.
+    pub progress: &'a Progress,
+    /// Asks for a stop.
+    pub cancel: &'a Cancel,
+    /// A part of `cancel` that the copy sets when it fails. A source that can wait long should look
+    /// at it.
+    pub stop: &'a Cancel,
+}
+
+/// A part of the image to be compared.
+struct Segment {
+    range: std::ops::Range<u64>,
+    digests: Option<SegmentDigests>,
+}
+
+/// Whole grains to be copied, no more than a buffer holds.
+struct Block {
+    extent: Extent,
+    digests: Option<SegmentDigests>,
+}
+
+/// What the threads of one run share.
+struct Run<'a> {
+    copy: Copy<'a>,
+    /// Length of the longest block in bytes.
+    block: u64,
+    start: Instant,
+    /// Nanoseconds from `start` until the last segment so far was compared.
+    diff_nanos: AtomicU64,
+    /// The first error.
+    failure: Mutex<Option<CopyError>>,
+}
+
+impl Copy<'_> {
+    /// Copies everything, and gives the time from the start until nothing was left to compare.
+    ///
+    /// Returns when all is handed to the layer, which may still be writing it: see
+    /// [`LayerWriter::finish`]. Blocks; no longer than the source's and the layer's calls take after
+    /// an error or a cancel.
+    ///
+    /// # Errors
+    /// The first [`CopyError`], or [`CopyError::Cancelled`]. The layer is then unusable.
+    pub fn run(&self) -> Result<Duration, CopyError> {
+        let size = self.source.size();
+        self.progress.size.add(size);
+        let largest = self.buffers.largest() as u64;
+        let run = Run {
+            copy: *self,
+            // A grain is never split.
+            block: BLOCK.min(largest).max(self.layer.grain()),
+            start: Instant::now(),
+            diff_nanos: AtomicU64::new(0),
+            failure: Mutex::new(None),
+        };
+        let started = std::thread::scope(|scope| run.spawn_all(scope).map(|done| run.watch(&done)));
+        if self.cancel.is_set() {
+            return Err(CopyError::Cancelled);
+        }
+        if let Some(error) = run.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        started?;
+        Ok(Duration::from_nanos(run.diff_nanos.into_inner()))
+    }
+}
+
+/// Ends the run when its thread panics, so that the others do not wait for it forever.
+struct StopOnPanic<'a>(&'a Cancel);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.set();
+        }
+    }
+}
+
+impl Run<'_> {
+    /// Starts all threads. The receiver is disconnected when the last has ended.
+    fn spawn_all<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> Result<Receiver<()>, CopyError> {
+        let parallel = self.copy.parallel.max(1);
+        let (segments_in, segments) = channel::bounded::<Segment>(DIFF_THREADS);
+        let (blocks_in, blocks) = channel::bounded::<Block>(parallel);
+        let (done_in, done) = channel::bounded::<()>(0);
+        self.spawn(scope, "segments", &done_in, move || self.find_segments(&segments_in))?;
+        for _ in 0..DIFF_THREADS {
+            let (segments, blocks_in) = (segments.clone(), blocks_in.clone());
+            self.spawn(scope, "diff", &done_in, move || self.compare_segments(&segments, &blocks_in))?;
+        }
+        for _ in 0..parallel {
+            let blocks = blocks.clone();
+            self.spawn(scope, "copy", &done_in, move || self.copy_blocks(&blocks))?;
+        }
+        Ok(done)
+    }
+
+    fn spawn<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        name: &str,
+        done: &Sender<()>,
+        work: impl FnOnce() -> Result<(), CopyError> + Send + 'scope,
+    ) -> Result<(), CopyError> {
+        let done = done.clone();
+        let thread = move || {
+            let _guard = StopOnPanic(self.copy.stop);
+            if let Err(error) = work() {
+                self.fail(error);
+            }
+            drop(done);
+        };
+        match std::thread::Builder::new().name(name.into()).spawn_scoped(scope, thread) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                // The threads that did start must not wait for the ones that did not.
+                self.copy.stop.set();
+                Err(CopyError::Thread(error))
+            }
+        }
+    }
+
+    /// Keeps the first error and stops everyone.
+    fn fail(&self, error: CopyError) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.copy.stop.set();
+    }
+
+    /// Waits for all threads, and frees those that the layer holds when the run is to stop.
+    fn watch(&self, done: &Receiver<()>) {
+        while done.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
+            if self.copy.stop.is_set() {
+                self.copy.layer.abort();
+            }
+        }
+    }
+
+    fn find_segments(&self, segments: &Sender<Segment>) -> Result<(), CopyError> {
+        let progress = self.copy.progress;
+        let mut end = 0;
+        for (sequence, range) in (0..).zip(self.copy.source.segments(self.copy.layer.grain())) {
+            let range = range?;
+            progress.scanned.add(range.start - end);
+            end = range.end;
+            let digests = self.copy.digests.map(|digests| digests.segment(sequence));
+            if self.send(segments, Segment { range, digests }).is_err() {
+                return Ok(());
+            }
+        }
+        progress.scanned.add(self.copy.source.size() - end);
+        Ok(())
+    }
+
+    fn compare_segments(
+        &self,
+        segments: &Receiver<Segment>,
+        blocks: &Sender<Block>,
+    ) -> Result<(), CopyError> {
+        let Copy { source, layer, progress, .. } = self.copy;
+        for Segment { range, digests } in segments {
+            if self.copy.stop.is_set() {
+                return Ok(());
+            }
+            let length = range.end - range.start;
+            let mut found = Vec::new();
+            let asked = Instant::now();
+            source.diff(range, &mut found)?;
+            progress.diff_nanos.add_time(asked.elapsed());
+            self.count(&found);
+            for extent in align(found, layer.grain(), source.size()) {
+                for extent in self.pieces(extent) {
+                    if self.send(blocks, Block { extent, digests: digests.clone() }).is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            progress.scanned.add(length);
+            let nanos = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.diff_nanos.fetch_max(nanos, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Hands something to the next stage. Fails when that stage is gone, whose error is then the one
+    /// to report.
+    fn send<T>(&self, next: &Sender<T>, mut item: T) -> Result<(), ()> {
+        loop {
+            match next.send_timeout(item, Cancel::POLL) {
+                Ok(()) => return Ok(()),
+                Err(channel::SendTimeoutError::Timeout(back)) if !self.copy.stop.is_set() => item = back,
+                Err(_) => return Err(()),
+            }
+        }
+    }
+
+    fn count(&self, found: &[Extent]) {
+        for extent in found {
+            match extent.kind {
+                ExtentKind::Data => self.copy.progress.data_extents.add(1),
+                ExtentKind::Zero => self.copy.progress.zero_extents.add(1),
+            }
+        }
+    }
+
+    /// An extent in blocks: data as much as fits a buffer, zeroes as they are.
+    fn pieces(&self, extent: Extent) -> impl Iterator<Item = Extent> {
+        let block = match extent.kind {
+            ExtentKind::Data => self.block,
+            ExtentKind::Zero => 1 << 63,
+        };
+        if extent.kind == ExtentKind::Data {
+            self.copy.progress.to_read.add(extent.length);
+        }
+        extent.split(block)
+    }
+
+    fn copy_blocks(&self, blocks: &Receiver<Block>) -> Result<(), CopyError> {
+        for Block { extent, digests } in blocks {
+            if self.copy.stop.is_set() {
+                return Ok(());
+            }
+            match extent.kind {
+                ExtentKind::Zero => {
+                    self.write_zeroes(extent.offset, self.padded(&extent), digests.as_ref())?
+                }
+                ExtentKind::Data => self.copy_data(&extent, digests.as_ref())?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Length of an extent in the layer, whose size is the image's rounded up to sectors.
+    fn padded(&self, extent: &Extent) -> u64 {
+        let end = extent.end();
+        let size = self.copy.source.size();
+        if end == size { align_up(end, SECTOR) - extent.offset } else { extent.length }
+    }
+
+    fn copy_data(&self, extent: &Extent, digests: Option<&SegmentDigests>) -> Result<(), CopyError> {
+        let Copy { source, buffers, progress, stop, .. } = self.copy;
+        // Blocks are no longer than a buffer, which is no longer than memory.
+        let index = |length: u64| usize::try_from(length).unwrap_or(usize::MAX);
+        let padded = index(self.padded(extent));
+        if let Some(limit) = self.copy.rate_limit {
+            limit.take(extent.length, stop);
+        }
+        let Some(mut buffer) = buffers.get(padded, stop) else { return Ok(()) };
+        buffer.resize(index(extent.length));
+        let asked = Instant::now();
+        source.read(extent.offset, &mut buffer)?;
+        progress.read_nanos.add_time(asked.elapsed());
+        progress.read.add(extent.length);
+        buffer.resize(padded);
+
+        let bytes = buffer.freeze();
+        for (range, kind) in runs(&bytes, index(self.copy.layer.grain())) {
+            let offset = extent.offset + range.start as u64;
+            match kind {
+                ExtentKind::Zero => self.write_zeroes(offset, range.len() as u64, digests)?,
+                ExtentKind::Data => {
+                    let data = bytes.slice(range);
+                    if let Some(digests) = digests {
+                        digests.add(offset, &data);
+                    }
+                    progress.data.add(data.len() as u64);
+                    self.hand_over(|layer| layer.write(offset, data))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        digests: Option<&SegmentDigests>,
+    ) -> Result<(), CopyError> {
+        if self.copy.root {
+            return Ok(());
+        }
+        if let Some(digests) = digests {
+            digests.add_zero(offset..offset + length);
+        }
+        self.copy.progress.zero.add(length);
+        self.hand_over(|layer| layer.write_zeroes(offset..offset + length))
+    }
+
+    fn hand_over(
+        &self,
+        call: impl FnOnce(&dyn LayerWriter) -> Result<(), LayerError>,
+    ) -> Result<(), CopyError> {
+        let asked = Instant::now();
+        call(self.copy.layer)?;
+        self.copy.progress.write_nanos.add_time(asked.elapsed());
+        Ok(())
+    }
+}

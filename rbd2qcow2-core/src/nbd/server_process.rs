@@ -1,0 +1,274 @@
+//! Starts a `qemu-nbd` that serves connections made beforehand and cannot outlive this process.
+//!
+//! Socket activation: the listening socket lies in a private directory, all connections are made
+//! while it is there, and its name is gone before the server starts. So nobody else can connect,
+//! nothing is left in the file system, and there is no moment to wait for.
+//!
+//! Without `--persistent`, qemu-nbd leaves with its last client, but only if one got through the
+//! negotiation: a server whose clients die before it would stay forever. Therefore a shell stands
+//! between, which reads from a pipe, the *lifeline*, whose other end only this process holds, and
+//! which kills its process group when the pipe ends. That covers a SIGKILL of this process at any
+//! moment.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{self, PipeWriter, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use self::stderr::StderrTail;
+
+mod stderr;
+
+/// What the shell does. Its standard input is the listening socket and its standard output the
+/// reading end of the lifeline, because [`Command`] hands over no more than three files.
+///
+/// The inner shell is there for `$$`, which must be the server's own number. The line `wait` on the
+/// lifeline says that the server has gone by itself and that its status is wanted. `kill -9 0` is
+/// for the group, whose number cannot be reused while the shell lives, unlike a process's.
+const SUPERVISOR: &str = r#"
+exec 3<&0 0<&1 1>&2
+sh -c 'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"' sh "$@" 3<&3 0</dev/null &
+exec 3<&- 1>/dev/null 2>&1
+read -r word
+[ "$word" = wait ] || kill -9 0
+wait $!
+"#;
+
+/// How long a killed server may take until its files are closed.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a process is looked at that should end any moment.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Why a server could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// No private directory for the socket.
+    #[error("cannot make a private directory for a socket in {}", path.display())]
+    Directory {
+        /// The directory for temporary files.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket could not be made or connected to.
+    #[error("cannot set up the socket {} (is the path too long? TMPDIR chooses another)", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The supervising shell could not be started.
+    #[error("cannot start {} through sh", program.display())]
+    Spawn {
+        /// The server's program.
+        program: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How a server ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerExit {
+    /// Its status as the shell reports it: 128 plus the signal's number for a signal. `None` when
+    /// it had to be killed, or the status could not be had.
+    pub code: Option<i32>,
+    /// The last part of what it wrote to standard error, trimmed.
+    pub stderr: String,
+}
+
+impl ServerExit {
+    /// Whether it ended by itself, without an error.
+    #[must_use]
+    pub fn success(&self) -> bool {
+        self.code == Some(0)
+    }
+}
+
+impl fmt::Display for ServerExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.code {
+            None => f.write_str("had to be killed")?,
+            Some(126) => f.write_str("could not be executed")?,
+            Some(127) => f.write_str("was not found")?,
+            Some(code) if code > 128 => write!(f, "was killed by signal {}", code - 128)?,
+            Some(code) => write!(f, "ended with exit status {code}")?,
+        }
+        match self.stderr.as_str() {
+            "" => f.write_str(" and wrote nothing to its standard error"),
+            text => write!(f, ", and wrote: {text}"),
+        }
+    }
+}
+
+/// How to start a server.
+#[derive(Clone, Debug)]
+pub struct ServerCommand {
+    /// `qemu-nbd`, a path or a name to be found in `PATH`.
+    pub program: PathBuf,
+    /// Its arguments but for `--shared`.
+    pub arguments: Vec<OsString>,
+    /// Directory that it starts in.
+    pub directory: PathBuf,
+    /// Connections to make; at least 1.
+    pub connections: usize,
+}
+
+/// A running server. Dropping it kills it and waits for its end.
+#[derive(Debug)]
+pub struct ServerProcess {
+    inner: Mutex<Inner>,
+    stderr: Arc<StderrTail>,
+    /// Collects standard error; ends with the server.
+    collector: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// The supervising shell, leader of its process group.
+    supervisor: Child,
+    lifeline: Option<PipeWriter>,
+    /// Known once the server has ended.
+    exit: Option<ServerExit>,
+}
+
+impl ServerProcess {
+    /// Starts a server, and returns it with the connections to it. Does not wait until the server
+    /// is ready: what is sent before waits in the sockets. Whether the program exists and likes its
+    /// arguments is seen when it ends, see [`exit_within`](Self::exit_within).
+    ///
+    /// # Errors
+    /// [`StartError`], about sockets and the shell.
+    pub fn start(command: &ServerCommand) -> Result<(Self, Vec<UnixStream>), StartError> {
+        let (listener, streams) = connect(command.connections.max(1))?;
+        let spawn_error = |source| StartError::Spawn { program: command.program.clone(), source };
+        let (lifeline_end, lifeline) = io::pipe().map_err(spawn_error)?;
+        let mut supervisor = Command::new("sh")
+            .args(["-c", SUPERVISOR, "sh"])
+            .arg(&command.program)
+            .arg(format!("--shared={}", streams.len()))
+            .args(&command.arguments)
+            .current_dir(&command.directory)
+            // Messages are for people who search for them.
+            .env("LC_ALL", "C")
+            // What the terminal sends on Ctrl-C is for us to handle. The supervisor relies on it too.
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdout(Stdio::from(lifeline_end))
+            .stderr(Stdio::piped())
+            // The command is dropped with this statement, and our copy of the listener with it: the
+            // last copy going away with the server is what makes a connection to a dead one fail.
+            .spawn()
+            .map_err(spawn_error)?;
+        let stderr = Arc::new(StderrTail::default());
+        let pipe = supervisor.stderr.take();
+        let inner = Mutex::new(Inner { supervisor, lifeline: Some(lifeline), exit: None });
+        let mut server = Self { inner, stderr: Arc::clone(&stderr), collector: None };
+        if let Some(pipe) = pipe {
+            let collector = thread::Builder::new().name("nbd-stderr".into());
+            server.collector = Some(collector.spawn(move || stderr.collect(pipe)).map_err(spawn_error)?);
+        }
+        Ok((server, streams))
+    }
+
+    /// Waits for the server to end by itself, and tells how it did; `None` when it still runs after
+    /// `limit`.
+    pub fn exit_within(&self, limit: Duration) -> Option<ServerExit> {
+        let deadline = Instant::now() + limit;
+        // The server holds the last copy of its standard error: the supervisor has closed its own.
+        if !self.stderr.ended_within(limit) {
+            return None;
+        }
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mut lifeline) = inner.lifeline.take() {
+            // Fails only when the supervisor is gone, which is the next thing to be seen.
+            let _ = lifeline.write_all(b"wait\n");
+        }
+        while inner.exit.is_none() {
+            let status = inner.supervisor.try_wait();
+            match status {
+                Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
+                Ok(None) => return None,
+                Ok(Some(status)) => inner.exit = Some(self.exit(Some(status))),
+                Err(_) => inner.exit = Some(self.exit(None)),
+            }
+        }
+        inner.exit.clone()
+    }
+
+    /// Kills the server if it still runs, waits for its end, and tells how it ended.
+    pub fn kill(&self) -> ServerExit {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(exit) = &inner.exit {
+            return exit.clone();
+        }
+        // The shell was not waited for, so its group's number is still its own.
+        let group = Pid::from_child(&inner.supervisor);
+        // Fails only when nobody is left in the group.
+        let _ = kill_process_group(group, Signal::KILL);
+        inner.lifeline = None;
+        let _ = inner.supervisor.wait();
+        // The shell may be gone before the server is; its files are closed when this is.
+        self.stderr.ended_within(KILL_LIMIT);
+        let exit = self.exit(None);
+        inner.exit = Some(exit.clone());
+        exit
+    }
+
+    fn exit(&self, status: Option<ExitStatus>) -> ServerExit {
+        // A signal to the shell itself comes from outside: report it in the shell's way.
+        let code = status.and_then(|s| s.code().or_else(|| s.signal().map(|signal| 128 + signal)));
+        ServerExit { code, stderr: self.stderr.text() }
+    }
+
+    /// Number of the supervising shell's process, for tests that look for left-overs.
+    #[cfg(test)]
+    pub(crate) fn supervisor(&self) -> u32 {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).supervisor.id()
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        self.kill();
+        if let Some(collector) = self.collector.take()
+            && self.stderr.ended_within(Duration::ZERO)
+        {
+            let _ = collector.join();
+        }
+    }
+}
+
+/// A listening socket without a name, and connections to it.
+fn connect(connections: usize) -> Result<(UnixListener, Vec<UnixStream>), StartError> {
+    let directory = tempfile::Builder::new()
+        .prefix("rbd2qcow2-")
+        .tempdir()
+        .map_err(|source| StartError::Directory { path: std::env::temp_dir(), source })?;
+    let path = directory.path().join("nbd");
+    let socket_error = |source| StartError::Socket { path: path.clone(), source };
+    let listener = UnixListener::bind(&path).map_err(socket_error)?;
+    // The backlog takes them; it is 128 or more.
+    let streams: io::Result<Vec<_>> = (0..connections).map(|_| UnixStream::connect(&path)).collect();
+    let streams = streams.map_err(socket_error)?;
+    // Dropping the directory removes the name of the socket.
+    Ok((listener, streams))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+//! How a backup is made.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::layer::Compression;
+
+/// How the changes between two snapshots are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DiffMode {
+    /// Object maps tell which objects exist, each of those is then compared. Never misses a change.
+    #[default]
+    Exact,
+    /// Every object is asked for, no object map is looked at.
+    Scan,
+    /// The object maps' dirty bits are believed. Misses changes after a rollback, and wherever a
+    /// client wrote a wrong map.
+    Fast,
+}
+
+impl DiffMode {
+    /// The word that stands for it on command lines and in manifests.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Scan => "scan",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+/// What writes the layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Writer {
+    /// A qemu-nbd process for each layer.
+    #[default]
+    QemuNbd,
+}
+
+impl Writer {
+    /// The word that stands for it on command lines and in manifests.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::QemuNbd => "qemu-nbd",
+        }
+    }
+}
+
+/// How a backup is made. `Default` is what the program does without options.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct BackupOptions {
+    /// Reads in flight for each image, 1 to 256.
+    pub parallel: usize,
+    /// What writes the layers.
+    pub writer: Writer,
+    /// How clusters are stored.
+    pub compression: Compression,
+    /// Cluster size of new layers in bytes, a power of two from 512 to 2 MiB; `None`: the writer's default.
+    pub cluster_size: Option<u32>,
+    /// How changes are found.
+    pub diff: DiffMode,
+    /// Makes a root even where an incremental backup is possible.
+    pub full: bool,
+    /// Snapshots of the chain that stay in the cluster after a backup, at least 1: the next
+    /// backup's base.
+    pub keep_snapshots: usize,
+    /// Bytes a second that may be read from the cluster, over all images.
+    pub rate_limit: Option<u64>,
+    /// Bytes of image data that may be in memory, over all images.
+    pub memory: usize,
+    /// Finds out what would be done, and changes nothing.
+    pub dry_run: bool,
+    /// How long the cluster may leave one request unanswered before the image is given up.
+    pub patience: Duration,
+    /// The program `qemu-img`.
+    pub qemu_img: PathBuf,
+    /// The program `qemu-nbd`.
+    pub qemu_nbd: PathBuf,
+}
+
+impl Default for BackupOptions {
+    fn default() -> Self {
+        Self {
+            parallel: 16,
+            writer: Writer::default(),
+            compression: Compression::None,
+            cluster_size: None,
+            diff: DiffMode::Exact,
+            full: false,
+            keep_snapshots: 1,
+            rate_limit: None,
+            memory: 64 << 20,
+            dry_run: false,
+            patience: Duration::from_secs(300),
+            qemu_img: "qemu-img".into(),
+            qemu_nbd: "qemu-nbd".into(),
+        }
+    }
+}
