@@ -52,6 +52,17 @@ struct Found {
 }
 
 impl Found {
+    /// Whether every byte of `range` was reported, as data or as zeroes.
+    fn covers(&self, range: Range<u64>) -> bool {
+        let mut end = range.start;
+        for extent in &self.extents {
+            if extent.offset <= end {
+                end = end.max(extent.end());
+            }
+        }
+        end >= range.end
+    }
+
     /// Bytes of data and of zeroes.
     fn bytes(&self) -> (u64, u64) {
         let sum =
@@ -100,6 +111,9 @@ fn compare_at(source: &LibrbdSource, grain: u64, old: &[u8], new: &[u8]) -> Foun
         for extent in &extents {
             assert!(extent.offset >= last && extent.length > 0, "{extent:?} comes after {last}");
             last = extent.end();
+            // Where a parent may show through, nothing is called zero that was not read.
+            let below = extent.kind == ExtentKind::Zero && extent.offset < source.info().overlap;
+            assert!(!below, "{extent:?} lies within the overlap of {} bytes", source.info().overlap);
             exact.take(extent);
         }
         assert!(last <= segment.end, "{extents:?} leave {segment:?}");
