@@ -139,7 +139,7 @@ impl Backup<'_> {
         drop(head);
 
         self.stage(Stage::Snapshot);
-        let new_snapshot = NewSnapshot::take(&pool, self.image, snapshot, self.cancel)?;
+        let new_snapshot = NewSnapshot::take(&pool, self.image, snapshot, self.cancel, &chain)?;
         let base = plan.base_snapshot();
         let source = LibrbdSource::open(&pool, self.image, new_snapshot.name(), base, self.options.diff)?;
         if let Some(why) = source.fallback() {

@@ -11,7 +11,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use crate::backup::{Backup, BackupError};
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
-use crate::layer::qemu_nbd::QemuTools;
+use crate::layer::qemu_nbd::{QemuNbdError, QemuTools};
 use crate::options::BackupOptions;
 use crate::progress::{ImageReport, Observer, Status};
 use crate::rate::RateLimit;
@@ -63,6 +63,9 @@ pub enum PoolError {
         #[source]
         cause: globset::Error,
     },
+    /// The programs that write layers are missing or too old.
+    #[error("cannot write layers")]
+    Tools(#[source] QemuNbdError),
     /// The directory of the backups is unusable.
     #[error(
         "cannot use {} as the directory of the backups; create it, or mount the file system that should be there",
@@ -89,6 +92,11 @@ impl PoolBackup {
     pub fn run(&self, observer: &dyn Observer, cancel: &Cancel) -> Result<Vec<ImageReport>, PoolError> {
         let exclude = self.exclude()?;
         self.check_dest().map_err(|cause| PoolError::Dest { path: self.dest.clone(), cause })?;
+        let tools = QemuTools::new(&self.options.qemu_img, &self.options.qemu_nbd);
+        if !self.options.dry_run {
+            // Or every image would take a snapshot first, and then fail.
+            tools.probe().map_err(PoolError::Tools)?;
+        }
         let failed = |cause| PoolError::Open { pool: self.title(), cause };
         let patience = Patience { limit: self.options.patience, cancel: cancel.clone() };
         let cluster = Cluster::connect(&self.cluster, patience).map_err(failed)?;
@@ -98,7 +106,6 @@ impl PoolBackup {
         observer.selected(&images);
 
         let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));
-        let tools = QemuTools::new(&self.options.qemu_img, &self.options.qemu_nbd);
         let rate_limit = self.options.rate_limit.map(RateLimit::new);
         let backup = |image| Backup {
             pool: &pool,

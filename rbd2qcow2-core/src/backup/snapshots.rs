@@ -24,6 +24,8 @@ pub(super) struct NewSnapshot<'a> {
     name: String,
     /// Tells an interrupted run from a failed one.
     cancel: &'a Cancel,
+    /// Where the snapshot may have been announced.
+    chain: &'a ChainWriter,
     keep: Cell<bool>,
 }
 
@@ -34,9 +36,10 @@ impl<'a> NewSnapshot<'a> {
         image: &'a str,
         name: SnapshotName,
         cancel: &'a Cancel,
+        chain: &'a ChainWriter,
     ) -> Result<Self, RbdError> {
         // Made first: a call that was given up may have made the snapshot all the same.
-        let snapshot = Self { pool, image, name: name.to_string(), cancel, keep: Cell::new(false) };
+        let snapshot = Self { pool, image, name: name.to_string(), cancel, chain, keep: Cell::new(false) };
         pool.create_snapshot(image, &snapshot.name)?;
         Ok(snapshot)
     }
@@ -60,10 +63,15 @@ impl Drop for NewSnapshot<'_> {
         // The run's own patience has ended with its failure.
         let pool = self.pool.with_patience(Patience { limit, cancel: Cancel::new() });
         match pool.remove_snapshot(self.image, &self.name) {
-            Ok(()) => {}
             // Without the image there is no snapshot either.
-            Err(error) if error.is_not_found() => {}
-            Err(error) => log::warn!("{error}; the next backup of this image removes it"),
+            Err(error) if !error.is_not_found() => {
+                log::warn!("{error}; the next backup of this image removes it");
+            }
+            _ => {
+                if let Err(error) = self.chain.clear_announcement() {
+                    log::warn!("{error}; the next backup of this image tries again");
+                }
+            }
         }
     }
 }
