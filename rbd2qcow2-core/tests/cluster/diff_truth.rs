@@ -1,5 +1,7 @@
 //! The diff against the truth: what it finds, applied to the old content, must give the new.
 
+mod case;
+mod clones;
 mod named;
 mod random;
 
