@@ -18,7 +18,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -31,19 +31,24 @@ mod stderr;
 /// What the shell does. Its standard input is the listening socket and its standard output the
 /// reading end of the lifeline, because [`Command`] hands over no more than three files.
 ///
-/// The inner shell is there for `$$`, which must be the server's own number. The line `wait` on the
-/// lifeline says that the server has gone by itself and that its status is wanted. `kill -9 0` is
-/// for the group, whose number cannot be reused while the shell lives, unlike a process's.
+/// The inner shell is there for `$$`, which must be the server's own number. A word on the lifeline
+/// says that the server has gone by itself and that its status is wanted, or that it runs and is to
+/// be killed. Without a word nobody knows whether it runs, and its number may be another process's
+/// by now: `kill -9 0` is for the group, whose number cannot be reused while the shell lives.
 const SUPERVISOR: &str = r#"
 exec 3<&0 0<&1 1>&2
 sh -c 'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@"' sh "$@" 3<&3 0</dev/null &
 exec 3<&- 1>/dev/null 2>&1
 read -r word
-[ "$word" = wait ] || kill -9 0
+case "$word" in
+    wait) ;;
+    kill) kill -9 $! ;;
+    *) kill -9 0 ;;
+esac
 wait $!
 "#;
 
-/// How long a killed server may take until its files are closed.
+/// How long a killed server may take until it is gone. More is a hanging disk.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
 /// How often a process is looked at that should end any moment.
@@ -147,6 +152,16 @@ struct Inner {
     exit: Option<ServerExit>,
 }
 
+impl Inner {
+    /// Tells the shell what to do. Only the first word counts.
+    fn say(&mut self, word: &str) {
+        if let Some(mut lifeline) = self.lifeline.take() {
+            // Fails only when the shell is gone, which is the next thing to be seen.
+            let _ = writeln!(lifeline, "{word}");
+        }
+    }
+}
+
 impl ServerProcess {
     /// Starts a server, and returns it with the connections to it. Does not wait until the server
     /// is ready: what is sent before waits in the sockets. Whether the program exists and likes its
@@ -194,14 +209,35 @@ impl ServerProcess {
         if !self.stderr.ended_within(limit) {
             return None;
         }
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mut lifeline) = inner.lifeline.take() {
-            // Fails only when the supervisor is gone, which is the next thing to be seen.
-            let _ = lifeline.write_all(b"wait\n");
+        let mut inner = self.lock();
+        inner.say("wait");
+        self.await_supervisor(&mut inner, deadline)
+    }
+
+    /// Kills the server if it still runs, waits for its end, and tells how it ended.
+    pub fn kill(&self) -> ServerExit {
+        let runs = !self.stderr.ended_within(Duration::ZERO);
+        let mut inner = self.lock();
+        inner.say(if runs { "kill" } else { "wait" });
+        if let Some(mut exit) = self.await_supervisor(&mut inner, Instant::now() + KILL_LIMIT) {
+            if runs {
+                exit.code = None;
+            }
+            return exit;
         }
+        // The shell was not waited for, so its group's number is still its own. This fails only when
+        // nobody is left in the group.
+        let _ = kill_process_group(Pid::from_child(&inner.supervisor), Signal::KILL);
+        let _ = inner.supervisor.wait();
+        let exit = self.exit(None);
+        inner.exit = Some(exit.clone());
+        exit
+    }
+
+    /// Waits for the shell, which waits for the server; `None` when they still run at `deadline`.
+    fn await_supervisor(&self, inner: &mut Inner, deadline: Instant) -> Option<ServerExit> {
         while inner.exit.is_none() {
-            let status = inner.supervisor.try_wait();
-            match status {
+            match inner.supervisor.try_wait() {
                 Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
                 Ok(None) => return None,
                 Ok(Some(status)) => inner.exit = Some(self.exit(Some(status))),
@@ -211,23 +247,8 @@ impl ServerProcess {
         inner.exit.clone()
     }
 
-    /// Kills the server if it still runs, waits for its end, and tells how it ended.
-    pub fn kill(&self) -> ServerExit {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(exit) = &inner.exit {
-            return exit.clone();
-        }
-        // The shell was not waited for, so its group's number is still its own.
-        let group = Pid::from_child(&inner.supervisor);
-        // Fails only when nobody is left in the group.
-        let _ = kill_process_group(group, Signal::KILL);
-        inner.lifeline = None;
-        let _ = inner.supervisor.wait();
-        // The shell may be gone before the server is; its files are closed when this is.
-        self.stderr.ended_within(KILL_LIMIT);
-        let exit = self.exit(None);
-        inner.exit = Some(exit.clone());
-        exit
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn exit(&self, status: Option<ExitStatus>) -> ServerExit {
@@ -239,7 +260,7 @@ impl ServerProcess {
     /// Number of the supervising shell's process, for tests that look for left-overs.
     #[cfg(test)]
     pub(crate) fn supervisor(&self) -> u32 {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).supervisor.id()
+        self.lock().supervisor.id()
     }
 }
 
