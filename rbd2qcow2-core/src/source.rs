@@ -71,6 +71,10 @@ pub trait RbdDiffSource: Sync {
     /// To report too much is allowed, to omit a change is not. [`ExtentKind::Zero`] promises that
     /// the snapshot reads as zeroes there; it is not read again.
     ///
+    /// Where the base was larger and the size is no multiple of 512, the bytes behind the last such
+    /// multiple count as changed: a layer's size is rounded up to 512, and what it does not hold there
+    /// itself would be the base's bytes behind the snapshot's end.
+    ///
     /// # Errors
     /// [`SourceError::Diff`]. `found` is then meaningless.
     ///

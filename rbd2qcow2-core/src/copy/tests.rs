@@ -199,6 +199,22 @@ fn a_cancel_frees_threads_that_the_layer_holds() {
     });
 }
 
+/// Once the last sector of a shrunk image showed what the larger base held behind the new end.
+#[test]
+fn the_padding_hides_what_a_larger_base_held() {
+    for (content, length) in [(vec![7; 5000], 9000), (vec![0; 5000], 5001), (vec![7; 5120], 9000)] {
+        let mut base = content.clone();
+        base.resize(length, 9);
+        let source = MemorySource { content, base: Some(base), block: 1, ..MemorySource::default() };
+        let layer = MemoryLayer::new(source.content.len(), 512);
+        assert!(copy(&source, &layer, &Cancel::new()).0.is_ok());
+        assert_eq!(layer.over(source.base.as_deref(), source.content.len()), source.content);
+        // Without a broken sector nothing is held needlessly.
+        let held = layer.state.lock().unwrap().held.iter().filter(|held| **held).count();
+        assert_eq!(held, usize::from(!source.content.len().is_multiple_of(512)));
+    }
+}
+
 #[test]
 fn an_image_of_no_bytes_is_copied() {
     let source = MemorySource::default();

@@ -8,11 +8,12 @@
 //! [`DiffMode::Exact`] asks both snapshots' maps which objects exist, and compares each of those
 //! through the OSDs.
 //!
-//! Three things are not believed at all, and read instead:
+//! Four things are not believed at all, and read instead:
 //! - "zeroes" where a clone still has a parent: a removed object uncovers the parent's data;
 //! - everything behind the smallest size that the image had at a snapshot between the two: what was
 //!   cut off and grown again is zero, however little the comparison knows of it;
-//! - everything behind a clone's overlap, where the overlap has shrunk: so was the image.
+//! - everything behind a clone's overlap, where the overlap has shrunk: so was the image;
+//! - the last, broken sector of an image that has shrunk: see [`RbdDiffSource::diff`].
 
 use std::ops::Range;
 
@@ -21,6 +22,9 @@ use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind};
 use crate::options::DiffMode;
 use crate::rbd::{Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
+
+/// qcow2 counts virtual sizes in sectors.
+const SECTOR: u64 = 512;
 
 /// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent
 /// requests busy, few enough to spread a small image over all threads.
@@ -189,7 +193,9 @@ fn suspect_from(image: &Image, info: &ImageInfo, snapshot: &str, base: &Base) ->
     // A flattened image has no overlap either, but no parent.
     let shrunk = info.overlap < base.info.overlap && image.parent()?.is_some();
     let overlap = shrunk.then_some(info.overlap);
-    Ok(smallest.unwrap_or(info.size).min(overlap.unwrap_or(info.size)).min(info.size))
+    let padding = (info.size < base.info.size).then_some(info.size / SECTOR * SECTOR);
+    let starts = [smallest, overlap, padding];
+    Ok(starts.into_iter().flatten().fold(info.size, u64::min))
 }
 
 /// The data among `held` within `range`, and zeroes for all the rest of it.

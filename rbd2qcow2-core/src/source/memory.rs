@@ -37,6 +37,10 @@ impl MemorySource {
     }
 
     fn changed(&self, range: &Range<u64>) -> bool {
+        let base_size = self.base.as_ref().map_or(0, Vec::len) as u64;
+        if range.end == self.size() && !range.end.is_multiple_of(512) && base_size > range.end {
+            return true;
+        }
         let new = Self::slice(&self.content, range);
         let mut old = self.base.as_ref().map_or(Vec::new(), |base| Self::slice(base, range));
         old.resize(new.len(), 0);

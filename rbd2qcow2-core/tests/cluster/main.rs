@@ -3,6 +3,8 @@
 // Images of tests are small, and what goes wrong is printed for whoever reads the test's output.
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, clippy::cast_possible_truncation)]
 
+mod backup_cases;
+mod backup_model;
 mod cluster;
 mod diff_truth;
 // Complete, whichever commands the tests of the day need.
@@ -10,3 +12,5 @@ mod diff_truth;
 mod driver;
 mod driver_check;
 mod handles;
+mod random;
+mod store;

@@ -1,0 +1,214 @@
+//! What is told to a run, and several images in one.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::progress::{Observer, Stage, Status};
+
+use super::{MIB, small_objects};
+use crate::cluster::{unique, unique_image};
+use crate::cluster_or_skip;
+use crate::driver::{FULL_FEATURES, Layout, Spec};
+use crate::random::Random;
+use crate::store::{Store, why};
+
+#[test]
+fn a_dry_run_changes_nothing() {
+    let cluster = cluster_or_skip!("a_dry_run_changes_nothing");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("dry", 4 * MIB, &small_objects());
+    store.driver.write(&spec, MIB, MIB, 1).expect("a write");
+    store.options.dry_run = true;
+    let report = store.run(&spec);
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    assert_eq!(report.kind.map(|kind| kind.as_str()), Some("full"));
+    assert_eq!((report.data_bytes, report.virtual_size, &report.file), (MIB, 4 * MIB, &None));
+    assert_eq!(fs::read_dir(store.dest()).expect("the destination").count(), 0);
+    assert!(store.snapshot_names(&spec).is_empty());
+
+    store.options.dry_run = false;
+    let first = store.back_up(&spec);
+    // What a killed run has left is left alone, too.
+    let left = store.directory(&spec).join(format!(".{}@20200101T000000Z.qcow2.partial", spec.image));
+    fs::write(&left, "left").expect("a write");
+    store.driver.write(&spec, 0, 65_536, 2).expect("a write");
+    let snapshots = store.snapshot_names(&spec);
+    store.options.dry_run = true;
+    let report = store.run(&spec);
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    assert_eq!(report.kind.map(|kind| kind.as_str()), Some("incremental"));
+    assert_eq!(report.data_bytes, 65_536);
+    assert!(report.point.is_some_and(|point| point > first.point));
+    assert_eq!(store.snapshot_names(&spec), snapshots);
+    assert_eq!(fs::read(&left).expect("the left-over"), b"left");
+    fs::remove_file(&left).expect("a removal");
+    store.check_directory(&spec);
+    store.check_again();
+    store.purge(&spec);
+}
+
+/// librbd reports an object as changed from its start to the end of what was written: without a look
+/// at what is zero, the layer would be as large as the objects.
+#[test]
+fn scattered_writes_make_a_small_layer() {
+    let cluster = cluster_or_skip!("scattered_writes_make_a_small_layer");
+    let mut store = Store::new(&cluster);
+    let size = 2048 * MIB;
+    let spec = store.image("scattered", size, &Layout::new(22, FULL_FEATURES));
+    store.driver.write(&spec, 0, 8 * MIB, 1).expect("a write");
+    let first = store.back_up(&spec);
+    let mut random = Random::new(3);
+    let mut pages = std::collections::BTreeSet::new();
+    while pages.len() < 1024 {
+        pages.insert(random.below(size / 4096));
+    }
+    for page in &pages {
+        store.driver.write(&spec, page * 4096, 4096, 1000 + page).expect("a write");
+    }
+    let second = store.back_up(&spec);
+    second.assert_upon(&first);
+    let changed = 4096 * pages.len() as u64;
+    let data = second.held().0;
+    // Objects that hold data already are read from the start to the end of the write.
+    assert!(data >= changed && data <= changed + 8 * MIB, "{data} of {changed}");
+    // Data and tables. An L2 table of an extended layer covers 1 GiB with clusters of 128 KiB.
+    let layer = second.number("layer_bytes");
+    assert!(layer <= 2 * data, "{layer} bytes on disk for {data} bytes of data");
+    store.purge(&spec);
+}
+
+#[test]
+fn one_failing_image_leaves_the_others_alone() {
+    let cluster = cluster_or_skip!("one_failing_image_leaves_the_others_alone");
+    let mut store = Store::new(&cluster);
+    let specs: Vec<_> = (0..5).map(|_| store.image("many", MIB, &small_objects())).collect();
+    for (seed, spec) in (1..).zip(&specs) {
+        store.driver.write(spec, 0, 100_000 * seed, seed).expect("a write");
+    }
+    let before: Vec<_> = specs.iter().map(|spec| store.driver.snaps(spec).expect("snapshots")).collect();
+    let missing = unique_image("no-such-image");
+    let mut all = specs.clone();
+    all.insert(2, missing.clone());
+    let mut backup = store.pool_backup(&all);
+    backup.jobs = 4;
+    let reports = backup.run(&(), &Cancel::new()).expect("the pool is there");
+    assert_eq!(reports.len(), 6);
+    let of = |spec: &Spec| reports.iter().find(|report| report.image == spec.image).expect("a report");
+    assert_eq!(of(&missing).status, Status::Failed);
+    assert!(why(of(&missing)).contains(&missing.image), "{}", why(of(&missing)));
+    assert!(!store.directory(&missing).exists());
+    for (spec, before) in specs.iter().zip(&before) {
+        store.take_in(spec, of(spec), before).assert_full(None);
+        store.purge(spec);
+    }
+}
+
+#[test]
+fn a_whole_pool_but_for_what_is_excluded() {
+    let cluster = cluster_or_skip!("a_whole_pool_but_for_what_is_excluded");
+    let store = Store::new(&cluster);
+    let pool = unique("whole");
+    store.driver.pool_create(&pool).expect("a pool");
+    for name in ["vm-1", "vm-2", "vm-20", "scratch-1", "tmp"] {
+        store.driver.create(&Spec::new(&pool, name), MIB, &small_objects()).expect("an image");
+    }
+    let mut backup = store.pool_backup(&[Spec::new(&pool, "all")]);
+    backup.images.clear();
+    backup.exclude = vec!["scratch-*".to_owned(), "vm-?".to_owned()];
+    let reports = backup.run(&(), &Cancel::new()).expect("the pool is there");
+    let mut done: Vec<_> = reports.iter().map(|report| (&*report.image, report.status)).collect();
+    done.sort_unstable_by_key(|done| done.0);
+    assert_eq!(done, [("tmp", Status::Ok), ("vm-20", Status::Ok)]);
+    backup.exclude = vec!["vm-[".to_owned()];
+    assert!(backup.run(&(), &Cancel::new()).is_err());
+    store.driver.pool_remove(&pool).expect("the pool can be removed");
+}
+
+#[test]
+fn a_limited_rate_takes_its_time() {
+    let cluster = cluster_or_skip!("a_limited_rate_takes_its_time");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("rate", 16 * MIB, &Layout::default());
+    store.driver.write(&spec, 0, 16 * MIB, 1).expect("a write");
+    store.options.rate_limit = Some(8 * MIB);
+    let start = Instant::now();
+    let report = store.run(&spec);
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    // The last of four reads begins when the three before have had their time.
+    assert!(start.elapsed() >= Duration::from_millis(1500), "{:?}", start.elapsed());
+    let made = store.take_in(&spec, &report, &[]);
+    assert_eq!(made.held(), (16 * MIB, 0));
+    store.purge(&spec);
+}
+
+/// Tells when the copy has begun.
+struct Begun(std::sync::mpsc::SyncSender<()>);
+
+impl Observer for Begun {
+    fn stage(&self, _image: &str, stage: Stage) {
+        if stage == Stage::Copy {
+            let _ = self.0.try_send(());
+        }
+    }
+}
+
+#[test]
+fn a_second_run_on_a_locked_chain_fails_at_once() {
+    let cluster = cluster_or_skip!("a_second_run_on_a_locked_chain_fails_at_once");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("locked", 16 * MIB, &Layout::default());
+    store.driver.write(&spec, 0, 16 * MIB, 1).expect("a write");
+    let second = store.pool_backup(std::slice::from_ref(&spec));
+    store.options.rate_limit = Some(4 * MIB);
+    let first = store.pool_backup(std::slice::from_ref(&spec));
+    let (begun, wait) = std::sync::mpsc::sync_channel(1);
+    let report = std::thread::scope(|scope| {
+        let first = scope.spawn(move || first.run(&Begun(begun), &Cancel::new()).expect("the pool").pop());
+        wait.recv_timeout(Duration::from_secs(60)).expect("the copy begins");
+        let start = Instant::now();
+        let refused = second.run(&(), &Cancel::new()).expect("the pool").pop().expect("a report");
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        assert_eq!(refused.status, Status::Failed);
+        assert!(why(&refused).contains("another run is writing"), "{}", why(&refused));
+        assert!(!first.is_finished(), "the first run was too quick to be in the way");
+        first.join().expect("no panic").expect("a report")
+    });
+    store.take_in(&spec, &report, &[]).assert_full(None);
+    store.purge(&spec);
+}
+
+/// Sets the flag when the copy has begun.
+struct StopAt(Stage, Cancel);
+
+impl Observer for StopAt {
+    fn stage(&self, _image: &str, stage: Stage) {
+        if stage == self.0 {
+            self.1.set();
+        }
+    }
+}
+
+#[test]
+fn an_interrupted_run_leaves_nothing_behind() {
+    let cluster = cluster_or_skip!("an_interrupted_run_leaves_nothing_behind");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("interrupted", 4 * MIB, &small_objects());
+    store.driver.write(&spec, 0, 4 * MIB, 1).expect("a write");
+    let first = store.back_up(&spec);
+    let snapshots = store.snapshot_names(&spec);
+    store.driver.write(&spec, 0, 4 * MIB, 2).expect("a write");
+    for stage in [Stage::Prepare, Stage::Snapshot, Stage::Copy, Stage::Commit] {
+        let cancel = Cancel::new();
+        let backup = store.pool_backup(std::slice::from_ref(&spec));
+        let reports = backup.run(&StopAt(stage, cancel.clone()), &cancel).expect("the pool");
+        let [report] = &reports[..] else { panic!("{reports:?}") };
+        assert_eq!(report.status, Status::Failed, "{stage:?}");
+        assert!(why(report).contains("interrupted"), "{stage:?}: {}", why(report));
+        store.check_directory(&spec);
+        assert_eq!(store.snapshot_names(&spec), snapshots, "{stage:?}");
+    }
+    store.back_up(&spec).assert_upon(&first);
+    store.check_again();
+    store.purge(&spec);
+}
