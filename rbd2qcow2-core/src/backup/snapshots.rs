@@ -101,6 +101,19 @@ impl Backup<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
+        let is_own = |name: &str| SnapshotName::parse(name).is_ok_and(|name| own.contains(&name.chain));
+        for snapshot in head.trashed_snapshots()?.iter().filter(|snapshot| is_own(&snapshot.name)) {
+            match pool.remove_trashed_snapshot(self.image, snapshot) {
+                Ok(()) => log::info!(
+                    "{}: removed snapshot {}, which a run that was killed had begun to remove",
+                    self.image,
+                    snapshot.name
+                ),
+                // A clone needs it; with the clone, the cluster removes it.
+                Err(error @ RbdError::Failed { .. }) => log::debug!("{}: {error}", self.image),
+                Err(error) => return Err(error.into()),
+            }
+        }
         if announced.is_some() {
             chain.clear_announcement()?;
         }
