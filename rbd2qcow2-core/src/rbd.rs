@@ -16,6 +16,7 @@ mod error;
 mod image;
 mod patience;
 mod read;
+mod trash;
 
 #[cfg(test)]
 mod tests;

@@ -51,6 +51,24 @@ pub struct GetParent {
     pub free_snap: unsafe extern "C" fn(*mut SnapSpec),
 }
 
+/// What finds and removes snapshots in the trash of their image. Since Nautilus (14.2): a librbd
+/// without it knows no such trash.
+#[derive(Clone, Copy, Debug)]
+pub struct SnapTrash {
+    /// `rbd_snap_get_namespace_type`: [`SNAP_NAMESPACE_TRASH`](Self::SNAP_NAMESPACE_TRASH) for a
+    /// snapshot in the trash.
+    pub namespace_type: unsafe extern "C" fn(rbd_image_t, u64, *mut c_int) -> c_int,
+    /// `rbd_snap_get_trash_namespace`: the name that the snapshot had.
+    pub original_name: unsafe extern "C" fn(rbd_image_t, u64, *mut c_char, usize) -> c_int,
+    /// `rbd_snap_remove_by_id`
+    pub remove: unsafe extern "C" fn(rbd_image_t, u64) -> c_int,
+}
+
+impl SnapTrash {
+    /// `RBD_SNAP_NAMESPACE_TYPE_TRASH`
+    pub const SNAP_NAMESPACE_TRASH: c_int = 2;
+}
+
 fn look_up<F: Copy>(name: &CStr) -> Option<F> {
     // SAFETY: `this` gives a handle to the running process and runs no initialiser; every caller
     // asks for the type that librbd.h declares for the name.
@@ -78,6 +96,18 @@ pub fn rbd_get_parent() -> Option<GetParent> {
             get: look_up(c"rbd_get_parent")?,
             free_image: look_up(c"rbd_linked_image_spec_cleanup")?,
             free_snap: look_up(c"rbd_snap_spec_cleanup")?,
+        })
+    })
+}
+
+/// [`SnapTrash`], where the loaded librbd has it.
+pub fn rbd_snap_trash() -> Option<SnapTrash> {
+    static FOUND: OnceLock<Option<SnapTrash>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        Some(SnapTrash {
+            namespace_type: look_up(c"rbd_snap_get_namespace_type")?,
+            original_name: look_up(c"rbd_snap_get_trash_namespace")?,
+            remove: look_up(c"rbd_snap_remove_by_id")?,
         })
     })
 }

@@ -27,6 +27,8 @@ pub(super) struct NewSnapshot<'a> {
     /// Where the snapshot may have been announced.
     chain: &'a ChainWriter,
     keep: Cell<bool>,
+    /// Whether the request for it was given up, and may come true at any later time.
+    unanswered: Cell<bool>,
 }
 
 impl<'a> NewSnapshot<'a> {
@@ -39,8 +41,11 @@ impl<'a> NewSnapshot<'a> {
         chain: &'a ChainWriter,
     ) -> Result<Self, RbdError> {
         // Made first: a call that was given up may have made the snapshot all the same.
-        let snapshot = Self { pool, image, name: name.to_string(), cancel, chain, keep: Cell::new(false) };
-        pool.create_snapshot(image, &snapshot.name)?;
+        let (keep, unanswered) = (Cell::new(false), Cell::new(true));
+        let snapshot = Self { pool, image, name: name.to_string(), cancel, chain, keep, unanswered };
+        let created = pool.create_snapshot(image, &snapshot.name);
+        snapshot.unanswered.set(matches!(created, Err(RbdError::NoAnswer { .. } | RbdError::Cancelled)));
+        created?;
         Ok(snapshot)
     }
 
@@ -67,6 +72,8 @@ impl Drop for NewSnapshot<'_> {
             Err(error) if !error.is_not_found() => {
                 log::warn!("{error}; the next backup of this image removes it");
             }
+            // There being none now says nothing of later: only the note leads the next run to it.
+            _ if self.unanswered.get() => {}
             _ => {
                 if let Err(error) = self.chain.clear_announcement() {
                     log::warn!("{error}; the next backup of this image tries again");
@@ -98,6 +105,19 @@ impl Backup<'_> {
                 Err(error @ RbdError::Failed { .. }) => {
                     log::warn!("{}: {error}; remove it by hand", self.image);
                 }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let is_own = |name: &str| SnapshotName::parse(name).is_ok_and(|name| own.contains(&name.chain));
+        for snapshot in head.trashed_snapshots()?.iter().filter(|snapshot| is_own(&snapshot.name)) {
+            match pool.remove_trashed_snapshot(self.image, snapshot) {
+                Ok(()) => log::info!(
+                    "{}: removed snapshot {}, which a run that was killed had begun to remove",
+                    self.image,
+                    snapshot.name
+                ),
+                // A clone needs it; with the clone, the cluster removes it.
+                Err(error @ RbdError::Failed { .. }) => log::debug!("{}: {error}", self.image),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -150,6 +150,11 @@ impl Pool {
         self.open_for(Access::Read, image, snapshot)
     }
 
+    /// Opens an image for what changes its header.
+    pub(super) fn open_for_change(&self, image: &str) -> Result<Image, RbdError> {
+        self.open_for(Access::Write, image, None)
+    }
+
     fn open_for(&self, access: Access, image: &str, snapshot: Option<&str>) -> Result<Image, RbdError> {
         let title = match snapshot {
             Some(snapshot) => format!("image {image:?} at snapshot {snapshot:?}"),
@@ -185,7 +190,7 @@ impl Pool {
     /// [`RbdError::NoAnswer`] and [`RbdError::Cancelled`] the snapshot may exist, or come to exist.
     pub fn create_snapshot(&self, image: &str, snapshot: &str) -> Result<(), RbdError> {
         let what = || format!("create snapshot {snapshot:?} of image {image:?}");
-        let handle = self.open_for(Access::Write, image, None)?;
+        let handle = self.open_for_change(image)?;
         let name = c_string(snapshot, what)?;
         let code = handle.call(what, move |raw| {
             // SAFETY: the image is open, the name lives through the call.
@@ -201,7 +206,7 @@ impl Pool {
     /// [`RbdError::NoAnswer`] and [`RbdError::Cancelled`] it may be gone, or come to be.
     pub fn remove_snapshot(&self, image: &str, snapshot: &str) -> Result<(), RbdError> {
         let what = || format!("remove snapshot {snapshot:?} of image {image:?}");
-        let handle = self.open_for(Access::Write, image, None)?;
+        let handle = self.open_for_change(image)?;
         let name = c_string(snapshot, what)?;
         let code = handle.call(what, move |raw| {
             // SAFETY: the image is open, the name lives through the call.
