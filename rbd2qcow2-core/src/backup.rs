@@ -22,7 +22,7 @@ mod plan;
 mod snapshots;
 
 pub use plan::Plan;
-use snapshots::NewSnapshot;
+use snapshots::{NewSnapshot, Taken};
 
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
@@ -49,8 +49,8 @@ pub enum BackupError {
     /// A new chain's id could not be drawn.
     #[error("cannot get random numbers for the id of a new chain")]
     Random(#[source] std::io::Error),
-    /// The snapshot that was just taken is not listed: somebody removed it.
-    #[error("snapshot {snapshot:?} disappeared after it was taken; is something else removing snapshots?")]
+    /// The snapshot that was just taken, or its base, is not listed any more: somebody removed it.
+    #[error("snapshot {snapshot:?} disappeared during the backup; is something else removing snapshots?")]
     SnapshotGone {
         /// The snapshot.
         snapshot: String,
@@ -156,8 +156,8 @@ impl Backup<'_> {
         layer.finish()?;
 
         self.stage(Stage::Commit);
-        let record =
-            self.record(&source, cluster_size, layer.grain(), snapshot, metadata, &report.progress)?;
+        let taken = self.still_there(&pool, &plan, &source, snapshot)?;
+        let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
         if self.cancel.is_set() {
             return Err(BackupError::Cancelled);
         }
@@ -255,24 +255,21 @@ impl Backup<'_> {
         source: &LibrbdSource,
         cluster_size: u32,
         grain: u64,
-        snapshot: SnapshotName,
+        taken: Taken,
         metadata: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
         progress: &Progress,
     ) -> Result<Record, BackupError> {
         let info = source.info();
-        let name = snapshot.to_string();
-        let listed = source.image().snapshots()?.into_iter().find(|listed| listed.name == name);
-        let Some(listed) = listed else { return Err(BackupError::SnapshotGone { snapshot: name }) };
         let parent = source.image().parent()?;
         Ok(Record {
-            chain: snapshot.chain,
+            chain: taken.name.chain,
             created: jiff::Timestamp::now(),
             fsid: self.fsid.to_owned(),
             pool: self.pool_name.to_owned(),
             namespace: self.namespace.to_owned(),
             image_id: info.id.clone(),
-            snapshot: name,
-            snapshot_id: listed.id,
+            snapshot: taken.name.to_string(),
+            snapshot_id: taken.id,
             virtual_size: info.size,
             object_size: info.object_size,
             stripe_unit: info.stripe_unit,
