@@ -172,9 +172,15 @@ impl Backup<'_> {
         own.push(newest.chain);
         let result = source.image().snapshots().and_then(|snapshots| {
             let mut names = own_snapshots(&snapshots, &own);
+            // The next backup's base, whatever time the others claim to be of.
+            names.retain(|name| *name != newest);
             names.sort_by_key(|name| std::cmp::Reverse(name.point));
-            for name in names.iter().skip(self.options.keep_snapshots.max(1)) {
-                pool.remove_snapshot(self.image, &name.to_string())?;
+            for name in names.iter().skip(self.options.keep_snapshots.saturating_sub(1)) {
+                match pool.remove_snapshot(self.image, &name.to_string()) {
+                    // Somebody protected it: the older ones are to go nevertheless.
+                    Err(error @ RbdError::Failed { .. }) => log::warn!("{}: {error}", self.image),
+                    result => result?,
+                }
             }
             Ok(())
         });
