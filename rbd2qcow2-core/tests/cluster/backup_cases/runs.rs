@@ -120,9 +120,34 @@ fn a_whole_pool_but_for_what_is_excluded() {
     let mut done: Vec<_> = reports.iter().map(|report| (&*report.image, report.status)).collect();
     done.sort_unstable_by_key(|done| done.0);
     assert_eq!(done, [("tmp", Status::Ok), ("vm-20", Status::Ok)]);
+    backup.exclude = vec!["*".to_owned()];
+    assert!(backup.run(&(), &Cancel::new()).expect("the pool is there").is_empty());
     backup.exclude = vec!["vm-[".to_owned()];
     assert!(backup.run(&(), &Cancel::new()).is_err());
     store.driver.pool_remove(&pool).expect("the pool can be removed");
+}
+
+/// Were a misspelt name an empty pool, a backup of nothing would look like a success.
+#[test]
+fn what_is_not_there_is_an_error() {
+    let cluster = cluster_or_skip!("what_is_not_there_is_an_error");
+    let store = Store::new(&cluster);
+    let spec = store.image("there", MIB, &small_objects());
+    let mut backup = store.pool_backup(std::slice::from_ref(&spec));
+    backup.images.clear();
+    let pool = std::mem::replace(&mut backup.pool, "no-such-pool".to_owned());
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such pool");
+    assert!(error.to_string().contains("no-such-pool"), "{error}");
+    backup.pool = pool;
+    backup.namespace = "no-such-namespace".to_owned();
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such namespace");
+    assert!(error.to_string().contains("no-such-namespace"), "{error}");
+    backup.namespace = String::new();
+    backup.dest = store.dest().join("not-mounted");
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such directory");
+    assert!(error.to_string().contains("not-mounted") && !backup.dest.exists(), "{error}");
+    assert!(store.snapshot_names(&spec).is_empty());
+    store.purge(&spec);
 }
 
 #[test]
