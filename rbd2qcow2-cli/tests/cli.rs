@@ -1,12 +1,29 @@
-//! The program from outside, where no cluster is needed.
+//! The program from outside: where no cluster is needed, and on one that
+//! `scripts/ceph-cluster run DIR -- cargo test -p rbd2qcow2-cli` starts.
+
+// The modules that core's tests own are written for themselves.
+#![allow(missing_docs, clippy::print_stdout, clippy::print_stderr, clippy::cast_possible_truncation)]
 
 #[path = "cli/backup.rs"]
 mod backup;
+// What the tests of the library have, they share with these.
+#[allow(dead_code)]
+#[path = "../../rbd2qcow2-core/tests/cluster/cluster.rs"]
+mod cluster;
 #[path = "cli/directory.rs"]
 mod directory;
+#[allow(dead_code)]
+#[path = "../../rbd2qcow2-core/tests/cluster/driver.rs"]
+mod driver;
+#[path = "cli/faults.rs"]
+mod faults;
+#[path = "cli/killed.rs"]
+mod killed;
 #[path = "cli/list.rs"]
 mod list;
 #[path = "cli/program.rs"]
 mod program;
+#[path = "cli/rig.rs"]
+mod rig;
 #[path = "cli/usage.rs"]
 mod usage;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rados_sys::{rados_ioctx_t, rados_t};
 use rbd2qcow2_sys as sys;
+use rustix::io::Errno;
 
 use super::error::{RbdError, check};
 use super::patience::{Patience, teardown};
@@ -26,6 +27,12 @@ pub struct ClusterOptions {
     pub keyring: Option<PathBuf>,
     /// The monitors' addresses.
     pub mon_host: Option<String>,
+}
+
+impl ClusterOptions {
+    fn client(&self) -> &str {
+        self.name.as_deref().unwrap_or("client.admin")
+    }
 }
 
 /// Monitors that are up answer in milliseconds; librados's own limit of 300 s is a hang to a person.
@@ -74,12 +81,14 @@ impl Cluster {
     ///
     /// # Errors
     /// [`RbdError::Failed`] for a configuration that cannot be read, monitors that do not answer, a
-    /// keyring that is missing or refused; [`RbdError::NoAnswer`] and [`RbdError::Cancelled`].
+    /// key that is refused; [`RbdError::NoKeyring`], [`RbdError::NoMonitors`], [`RbdError::NoAnswer`]
+    /// and [`RbdError::Cancelled`].
     pub fn connect(options: &ClusterOptions, patience: Patience) -> Result<Self, RbdError> {
         let cluster = Self::configure(options, patience.clone())?;
+        let client = options.client();
         let what = || match &options.mon_host {
-            Some(hosts) => format!("connect to the cluster at {hosts}"),
-            None => "connect to the cluster".to_owned(),
+            Some(hosts) => format!("connect to the cluster at {hosts} as {client}"),
+            None => format!("connect to the cluster as {client}"),
         };
         let limit = CONNECT_LIMIT.min(patience.limit);
         cluster.set(c"client_mount_timeout", &limit.as_secs().max(1).to_string())?;
@@ -88,15 +97,26 @@ impl Cluster {
         let wait = Patience { limit: limit * 2, cancel: patience.cancel };
         // SAFETY: the handle is configured and not yet connected; the closure keeps it alive.
         let code = wait.call(what, move || unsafe { rados_sys::rados_connect(handle.handle.raw) })?;
+        if code == -Errno::NOENT.raw_os_error() {
+            return Err(cluster.what_is_missing(client)?);
+        }
         check(code, what)?;
         Ok(cluster)
+    }
+
+    /// Which of the two things that a connection needs was not found: librados says only that
+    /// something was not.
+    fn what_is_missing(&self, client: &str) -> Result<RbdError, RbdError> {
+        if self.get(c"mon_host")?.trim().is_empty() {
+            return Ok(RbdError::NoMonitors);
+        }
+        Ok(RbdError::NoKeyring { client: client.to_owned(), searched: self.get(c"keyring")? })
     }
 
     /// A handle that knows its configuration and is not connected.
     fn configure(options: &ClusterOptions, patience: Patience) -> Result<Self, RbdError> {
         let what = || "set up librados".to_owned();
-        let name = options.name.as_deref().unwrap_or("client.admin");
-        let name = c_string(name, || format!("connect as {name:?}"))?;
+        let name = c_string(options.client(), || format!("connect as {:?}", options.client()))?;
         let mut raw: rados_t = ptr::null_mut();
         // SAFETY: both strings are NUL-terminated and live through the call.
         let code = unsafe { rados_sys::rados_create2(&mut raw, c"ceph".as_ptr(), name.as_ptr(), 0) };
@@ -138,6 +158,16 @@ impl Cluster {
         // SAFETY: the handle lives as long as self, the strings through the call.
         let code = unsafe { rados_sys::rados_conf_set(self.handle.raw, option.as_ptr(), value.as_ptr()) };
         check(code, what).map(drop)
+    }
+
+    fn get(&self, option: &CStr) -> Result<String, RbdError> {
+        let what = || format!("look up {}", option.to_string_lossy());
+        string_of(what, |buffer, length| {
+            // SAFETY: the handle lives as long as self, the buffer has `length` bytes.
+            let code = unsafe { rados_sys::rados_conf_get(self.handle.raw, option.as_ptr(), buffer, length) };
+            // Other than the rest of librados, this does not say -ERANGE.
+            if code == -Errno::NAMETOOLONG.raw_os_error() { -Errno::RANGE.raw_os_error() } else { code }
+        })
     }
 
     /// The cluster's id, as `ceph fsid` prints it.
@@ -241,7 +271,7 @@ impl Pool {
         })?;
         check(code, what)?;
         if !exists {
-            return Err(RbdError::Failed { what: what(), errno: rustix::io::Errno::NOENT });
+            return Err(RbdError::Failed { what: what(), errno: Errno::NOENT });
         }
         // SAFETY: nobody else has the I/O context yet; the name lives through the call.
         unsafe { rados_sys::rados_ioctx_set_namespace(self.raw(), name.as_ptr()) };
@@ -296,7 +326,7 @@ pub(super) fn bytes_of(
     loop {
         let mut length = buffer.len();
         let code = fill(buffer.as_mut_ptr().cast(), &mut length);
-        if code == -rustix::io::Errno::RANGE.raw_os_error() {
+        if code == -Errno::RANGE.raw_os_error() {
             // The list may grow between two calls.
             buffer.resize(length.max(buffer.len() * 2), 0);
             continue;
@@ -315,7 +345,7 @@ pub(super) fn string_of(
     let mut buffer = vec![0_u8; 256];
     loop {
         let code = fill(buffer.as_mut_ptr().cast(), buffer.len());
-        if code == -rustix::io::Errno::RANGE.raw_os_error() && buffer.len() < 1 << 20 {
+        if code == -Errno::RANGE.raw_os_error() && buffer.len() < 1 << 20 {
             buffer.resize(buffer.len() * 2, 0);
             continue;
         }

@@ -17,6 +17,21 @@ pub enum RbdError {
         /// The system's error number.
         errno: Errno,
     },
+    /// The client's key was not found.
+    #[error(
+        "cannot connect to the cluster: no keyring with a key of {client} was found (searched: {searched})"
+    )]
+    NoKeyring {
+        /// The client's full name.
+        client: String,
+        /// The files that were searched.
+        searched: String,
+    },
+    /// The configuration names no monitors.
+    #[error(
+        "cannot connect to the cluster: no monitors are configured (`mon host` in ceph.conf, or --mon-host)"
+    )]
+    NoMonitors,
     /// The library did not come back. Its handle was abandoned.
     #[error("cannot {what}: the cluster gave no answer for {} s (are its monitors and OSDs up?)", waited.as_secs())]
     NoAnswer {

@@ -1,0 +1,332 @@
+//! What tests on a cluster need: images, a destination, running programs, and the truth to compare
+//! points with.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::cluster::TestCluster;
+use crate::driver::{Driver, Layout, Spec};
+use crate::program;
+
+/// The longest that a test waits for anything. Only a hang takes as long.
+pub const HANG: Duration = Duration::from_secs(90);
+
+/// How long a stopped program may take where the cluster does not answer. Generous: the tests share
+/// their machine. The times that are measured are printed.
+pub const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+pub const MIB: u64 = 1 << 20;
+
+/// A cluster, a client of it to write images with, and a destination.
+#[derive(Debug)]
+pub struct Rig {
+    pub conf: PathBuf,
+    pub driver: Driver,
+    dest: TempDir,
+    /// What points must hold: a raw copy of the image as it was, by its number.
+    truths: TempDir,
+}
+
+impl Rig {
+    pub fn new(cluster: &TestCluster) -> Self {
+        let temporary = || TempDir::new().expect("a temporary directory");
+        Self { conf: cluster.conf.clone(), driver: cluster.driver(), dest: temporary(), truths: temporary() }
+    }
+
+    pub fn dest(&self) -> &Path {
+        self.dest.path()
+    }
+
+    /// Where the points of an image with a plain name are.
+    pub fn directory(&self, image: &Spec) -> PathBuf {
+        self.dest().join(&image.image)
+    }
+
+    /// Makes an image of `size` MiB, with data in every other MiB.
+    pub fn image(&self, image: &Spec, size: u64, features: &'static [&'static str]) {
+        self.driver.create(image, size * MIB, &Layout::new(22, features)).expect("created");
+        for offset in (0..size).step_by(2) {
+            self.driver.write(image, offset * MIB, MIB, offset).expect("written");
+        }
+        self.driver.close(image).expect("closed");
+    }
+
+    /// Changes a part of an image.
+    pub fn change(&self, image: &Spec, offset: u64, length: u64, seed: u64) {
+        self.driver.write(image, offset, length, seed).expect("written");
+        self.driver.close(image).expect("closed");
+    }
+
+    /// Keeps what the image holds now.
+    pub fn truth(&self, image: &Spec, number: usize) -> PathBuf {
+        let path = self.truths.path().join(format!("{}-{number}.raw", image.image));
+        self.driver.read_to(image, None, &path).expect("read");
+        path
+    }
+
+    /// `rbd2qcow2 backup ARGUMENTS POOL DEST IMAGE`, not yet started.
+    pub fn backup(&self, image: &Spec, arguments: &[&str]) -> Command {
+        self.backup_to(self.dest(), &[image], arguments)
+    }
+
+    pub fn backup_to(&self, dest: &Path, images: &[&Spec], arguments: &[&str]) -> Command {
+        let mut command = program::command();
+        command.arg("-c").arg(&self.conf).arg("backup").args(arguments);
+        command.arg(&images[0].pool).arg(dest).args(images.iter().map(|image| &image.image));
+        command
+    }
+
+    /// Backs an image up, which must succeed, and gives what it said.
+    pub fn back_up(&self, image: &Spec, arguments: &[&str]) -> program::Run {
+        let run = Running::start(self.backup(image, arguments)).wait();
+        assert_eq!(run.status, Some(0), "{run:?}");
+        run
+    }
+
+    /// The layers of an image in the order of their points.
+    pub fn layers(&self, image: &Spec) -> Vec<PathBuf> {
+        let names = names_in(&self.directory(image));
+        let layers = names.iter().filter(|name| is_layer(name));
+        layers.map(|name| self.directory(image).join(name)).collect()
+    }
+
+    /// Whether the directory holds complete points and the lock, and nothing else.
+    pub fn assert_tidy(&self, image: &Spec) {
+        let names = names_in(&self.directory(image));
+        let mut expected = BTreeSet::from([".lock".to_owned()]);
+        for layer in names.iter().filter(|name| is_layer(name)) {
+            let stem = layer.trim_end_matches("qcow2");
+            expected.extend(["qcow2", "json", "digests"].map(|suffix| format!("{stem}{suffix}")));
+        }
+        assert_eq!(names, expected, "in {}", self.directory(image).display());
+    }
+
+    /// The snapshots of an image, as the points that they are of; whole names where they are of none,
+    /// such as those in the image's trash.
+    pub fn snapshots(&self, image: &Spec) -> Vec<String> {
+        let point = |name: &str| Some(name.strip_prefix("rbd2qcow2-")?.split_once('-')?.1.to_owned());
+        let snapshots = self.driver.snaps(image).expect("listed").into_iter().map(|snapshot| snapshot.name);
+        snapshots.map(|name| point(&name).unwrap_or(name)).collect()
+    }
+
+    /// Whether the newest point's snapshot is there, and no other.
+    pub fn assert_only_the_newest_snapshot(&self, image: &Spec) {
+        let newest = self.layers(image).last().map(|layer| point_of(layer));
+        assert_eq!(self.snapshots(image), Vec::from_iter(newest));
+    }
+
+    /// Whether no process works in the destination any more: neither qemu-nbd nor the shell above it.
+    pub fn assert_no_process(&self) {
+        let deadline = Instant::now() + STOP_LIMIT;
+        loop {
+            let left = processes_in(self.dest());
+            if left.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "still running: {left:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Whether a point reads as the image did, and its file is sound.
+pub fn assert_point(layer: &Path, truth: &Path) {
+    let name = layer.display();
+    let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(layer).output();
+    let check = check.expect("qemu-img is installed");
+    assert!(check.status.success(), "qemu-img check {name}: {}", String::from_utf8_lossy(&check.stdout));
+    // Where one is longer, zeroes would do for qemu-img.
+    let mut header = [0; 32];
+    std::fs::File::open(layer).and_then(|mut file| file.read_exact(&mut header)).expect("a header");
+    let size = u64::from_be_bytes(header[24..].try_into().expect("8 bytes"));
+    assert_eq!(size, truth.metadata().expect("it was written").len(), "the size of {name}");
+    let mut compare = Command::new("qemu-img");
+    compare.args(["compare", "-f", "raw", "-F", "qcow2"]).arg(truth).arg(layer);
+    let compare = compare.output().expect("qemu-img is installed");
+    assert!(compare.status.success(), "{name} differs: {}", String::from_utf8_lossy(&compare.stdout));
+}
+
+/// The point of a layer with a plain name.
+pub fn point_of(layer: &Path) -> String {
+    let stem = layer.file_stem().expect("a name").to_string_lossy().into_owned();
+    stem.rsplit_once('@').expect("IMAGE@POINT").1.to_owned()
+}
+
+/// The names in a directory; none where there is no directory.
+pub fn names_in(directory: &Path) -> BTreeSet<String> {
+    let Ok(entries) = std::fs::read_dir(directory) else { return BTreeSet::new() };
+    // A file may be renamed meanwhile.
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn is_layer(name: &str) -> bool {
+    !name.starts_with('.') && name.ends_with(".qcow2")
+}
+
+/// Processes that have their working directory in `directory`, with their command lines. Both
+/// qemu-nbd and the shell above it work in the directory of their image.
+pub fn processes_in(directory: &Path) -> BTreeMap<u32, String> {
+    let directory = directory.canonicalize().expect("the destination is there");
+    let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let inside = pids.filter(|pid| {
+        let place = std::fs::read_link(format!("/proc/{pid}/cwd"));
+        place.is_ok_and(|place| place.starts_with(&directory))
+    });
+    inside.map(|pid| (pid, command_line(pid))).collect()
+}
+
+fn command_line(pid: u32) -> String {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).replace('\0', " ")
+}
+
+/// The qemu-nbd that writes into the destination, once there is one.
+pub fn wait_for_qemu_nbd(dest: &Path) -> Pid {
+    let is_server =
+        |line: &str| line.split_whitespace().next().is_some_and(|name| name.ends_with("qemu-nbd"));
+    let found = wait_for("qemu-nbd", || {
+        processes_in(dest).into_iter().find(|(_, line)| is_server(line)).map(|(pid, _)| pid)
+    });
+    Pid::from_raw(i32::try_from(found).expect("a pid")).expect("not 0")
+}
+
+/// Looks until there is something to see.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + HANG;
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "no {what} came");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The program while it runs. Killed when this is dropped.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    stdout: Collector,
+    stderr: Collector,
+}
+
+/// Collects what a program says, so that it never waits for us.
+#[derive(Debug)]
+struct Collector {
+    text: Arc<Mutex<Vec<u8>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Collector {
+    fn start(mut pipe: impl Read + Send + 'static) -> Self {
+        let text = Arc::new(Mutex::new(Vec::new()));
+        let shared = Arc::clone(&text);
+        let thread = std::thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+                shared.lock().expect("no panic").extend_from_slice(&buffer[..length]);
+            }
+        });
+        Self { text, thread }
+    }
+
+    fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.text.lock().expect("no panic")).into_owned()
+    }
+
+    fn finish(self) -> String {
+        self.thread.join().expect("no panic");
+        String::from_utf8(self.text.lock().expect("no panic").clone()).expect("UTF-8")
+    }
+}
+
+impl Running {
+    /// Starts the program with both outputs collected.
+    pub fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program was built for this test");
+        let stdout = Collector::start(child.stdout.take().expect("piped"));
+        let stderr = Collector::start(child.stderr.take().expect("piped"));
+        Self { child, stdout, stderr }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it was not waited for");
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("our child").is_some()
+    }
+
+    /// Waits until it said something on its standard error.
+    pub fn wait_for_words(&mut self, words: &str) {
+        wait_for(words, || {
+            let said = self.stderr.so_far().contains(words);
+            assert!(said || !self.has_ended(), "ended without {words:?}: {}", self.stderr.so_far());
+            said.then_some(())
+        });
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) -> program::Run {
+        self.wait_status().1
+    }
+
+    /// Waits for its end, and tells how long that took.
+    pub fn wait_timed(self) -> (program::Run, Duration) {
+        let start = Instant::now();
+        let run = self.wait();
+        (run, start.elapsed())
+    }
+
+    /// Waits for its end; where that does not come, says where each thread of it is.
+    pub fn wait_status(mut self) -> (ExitStatus, program::Run) {
+        let deadline = Instant::now() + HANG;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("our child") {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                let threads = threads_of(self.child.id());
+                self.signal(Signal::KILL);
+                panic!("the program hangs; it said {:?}; its threads: {threads}", self.stderr.so_far());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        let run = program::Run {
+            status: status.code(),
+            stdout: self.stdout.finish(),
+            stderr: self.stderr.finish(),
+        };
+        (status, run)
+    }
+
+    /// Kills it, and tells whether it had not ended by itself before.
+    pub fn kill(self) -> bool {
+        self.signal(Signal::KILL);
+        let (status, run) = self.wait_status();
+        assert!(status.signal() == Some(9) || status.success(), "{status}: {run:?}");
+        status.signal() == Some(9)
+    }
+}
+
+/// Names and states of a process's threads.
+fn threads_of(pid: u32) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let line = |task: std::fs::DirEntry| {
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        format!("{} in {}", read("comm").trim(), read("wchan").trim())
+    };
+    tasks.map(line).collect::<Vec<_>>().join("; ")
+}
