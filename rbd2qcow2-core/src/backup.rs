@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::{self, RecvTimeoutError};
+
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 
@@ -153,7 +155,7 @@ impl Backup<'_> {
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
         report.diff_time = self.copy(&source, &layer, &plan, &pending, &stop, &report.progress)?;
-        layer.finish()?;
+        self.finish(&layer)?;
 
         self.stage(Stage::Commit);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
@@ -245,6 +247,26 @@ impl Backup<'_> {
             stop,
         };
         Ok(copy.run()?)
+    }
+
+    /// Has the layer written to the end. What is still in the writer's hands may take a slow disk
+    /// minutes; a stop does not wait for it.
+    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), BackupError> {
+        let (finishing, finished) = channel::bounded::<()>(0);
+        let watch = move || {
+            while finished.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
+                if self.cancel.is_set() {
+                    layer.abort();
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            // Owned here, so that a panic ends the watch, too.
+            let _finishing = finishing;
+            let watcher = std::thread::Builder::new().name("finish".into());
+            watcher.spawn_scoped(scope, watch).map_err(CopyError::Thread)?;
+            Ok(layer.finish()?)
+        })
     }
 }
 
