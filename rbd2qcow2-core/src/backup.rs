@@ -270,31 +270,6 @@ impl Backup<'_> {
     }
 }
 
-/// The end of the copy.
-impl Backup<'_> {
-    /// Has the layer flushed and synced. A disk takes as long for that as it likes; whoever asks for
-    /// a stop meanwhile does not wait for it.
-    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), LayerError> {
-        let (ended_in, ended) = channel::bounded::<()>(0);
-        std::thread::scope(|scope| {
-            let watch = move || {
-                while ended.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
-                    if self.cancel.is_set() {
-                        layer.abort();
-                    }
-                }
-            };
-            // Without the watcher, all that is lost is the quick stop.
-            if let Err(error) = std::thread::Builder::new().name("finish".into()).spawn_scoped(scope, watch) {
-                log::debug!("cannot start a thread: {error}");
-            }
-            // Dropped by a panic too, or the watcher would never end.
-            let _ended_in = ended_in;
-            layer.finish()
-        })
-    }
-}
-
 /// What is recorded besides the data.
 impl Backup<'_> {
     fn record(
