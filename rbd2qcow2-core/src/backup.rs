@@ -24,7 +24,7 @@ mod plan;
 mod snapshots;
 
 pub use plan::Plan;
-use snapshots::NewSnapshot;
+use snapshots::{NewSnapshot, Taken};
 
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
@@ -51,8 +51,8 @@ pub enum BackupError {
     /// A new chain's id could not be drawn.
     #[error("cannot get random numbers for the id of a new chain")]
     Random(#[source] std::io::Error),
-    /// The snapshot that was just taken is not listed: somebody removed it.
-    #[error("snapshot {snapshot:?} disappeared after it was taken; is something else removing snapshots?")]
+    /// The snapshot that was just taken, or its base, is not listed any more: somebody removed it.
+    #[error("snapshot {snapshot:?} disappeared during the backup; is something else removing snapshots?")]
     SnapshotGone {
         /// The snapshot.
         snapshot: String,
@@ -158,8 +158,8 @@ impl Backup<'_> {
         self.finish(&layer)?;
 
         self.stage(Stage::Commit);
-        let record =
-            self.record(&source, cluster_size, layer.grain(), snapshot, metadata, &report.progress)?;
+        let taken = self.still_there(&pool, &plan, &source, snapshot)?;
+        let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
         if self.cancel.is_set() {
             return Err(BackupError::Cancelled);
         }
@@ -248,29 +248,24 @@ impl Backup<'_> {
         };
         Ok(copy.run()?)
     }
-}
 
-/// The end of the copy.
-impl Backup<'_> {
-    /// Has the layer flushed and synced. A disk takes as long for that as it likes; whoever asks for
-    /// a stop meanwhile does not wait for it.
-    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), LayerError> {
-        let (ended_in, ended) = channel::bounded::<()>(0);
-        std::thread::scope(|scope| {
-            let watch = move || {
-                while ended.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
-                    if self.cancel.is_set() {
-                        layer.abort();
-                    }
+    /// Has the layer written to the end. What is still in the writer's hands may take a slow disk
+    /// minutes; a stop does not wait for it.
+    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), BackupError> {
+        let (finishing, finished) = channel::bounded::<()>(0);
+        let watch = move || {
+            while finished.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
+                if self.cancel.is_set() {
+                    layer.abort();
                 }
-            };
-            // Without the watcher, all that is lost is the quick stop.
-            if let Err(error) = std::thread::Builder::new().name("finish".into()).spawn_scoped(scope, watch) {
-                log::debug!("cannot start a thread: {error}");
             }
-            // Dropped by a panic too, or the watcher would never end.
-            let _ended_in = ended_in;
-            layer.finish()
+        };
+        std::thread::scope(|scope| {
+            // Owned here, so that a panic ends the watch, too.
+            let _finishing = finishing;
+            let watcher = std::thread::Builder::new().name("finish".into());
+            watcher.spawn_scoped(scope, watch).map_err(CopyError::Thread)?;
+            Ok(layer.finish()?)
         })
     }
 }
@@ -282,24 +277,21 @@ impl Backup<'_> {
         source: &LibrbdSource,
         cluster_size: u32,
         grain: u64,
-        snapshot: SnapshotName,
+        taken: Taken,
         metadata: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
         progress: &Progress,
     ) -> Result<Record, BackupError> {
         let info = source.info();
-        let name = snapshot.to_string();
-        let listed = source.image().snapshots()?.into_iter().find(|listed| listed.name == name);
-        let Some(listed) = listed else { return Err(BackupError::SnapshotGone { snapshot: name }) };
         let parent = source.image().parent()?;
         Ok(Record {
-            chain: snapshot.chain,
+            chain: taken.name.chain,
             created: jiff::Timestamp::now(),
             fsid: self.fsid.to_owned(),
             pool: self.pool_name.to_owned(),
             namespace: self.namespace.to_owned(),
             image_id: info.id.clone(),
-            snapshot: name,
-            snapshot_id: listed.id,
+            snapshot: taken.name.to_string(),
+            snapshot_id: taken.id,
             virtual_size: info.size,
             object_size: info.object_size,
             stripe_unit: info.stripe_unit,

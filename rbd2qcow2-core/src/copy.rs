@@ -133,6 +133,10 @@ impl Copy<'_> {
             return Err(error);
         }
         started?;
+        if self.stop.is_set() {
+            // Set by the caller: threads went home early, and had no error to tell.
+            return Err(CopyError::Cancelled);
+        }
         Ok(Duration::from_nanos(run.diff_nanos.into_inner()))
     }
 }

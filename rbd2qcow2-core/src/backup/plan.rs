@@ -19,7 +19,7 @@ pub struct Plan {
 struct Base {
     point: Point,
     /// The RBD snapshot that the point was taken from.
-    snapshot: String,
+    snapshot: Snapshot,
 }
 
 impl Plan {
@@ -36,13 +36,18 @@ impl Plan {
     /// The snapshot that the new one is compared with; `None` for a root.
     #[must_use]
     pub fn base_snapshot(&self) -> Option<&str> {
-        self.base.as_ref().map(|base| base.snapshot.as_str())
+        self.base.as_ref().map(|base| base.snapshot.name.as_str())
     }
 
     /// The chain that goes on; `None` when one begins (also on top of the Python tool's points).
     #[must_use]
     pub fn chain(&self) -> Option<ChainId> {
         Some(self.base.as_ref()?.point.manifest.as_ref()?.record.chain)
+    }
+
+    /// The snapshot that the new one is compared with, as it was listed when that was decided.
+    pub(super) fn base_listed(&self) -> Option<&Snapshot> {
+        self.base.as_ref().map(|base| &base.snapshot)
     }
 
     pub(super) fn tell(&self, report: &mut ImageReport) {
@@ -73,7 +78,7 @@ impl Backup<'_> {
     }
 
     /// The snapshot that `point` was taken from, or why that is in doubt.
-    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<String, String> {
+    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<Snapshot, String> {
         let find = |name: &str| {
             let found = snapshots.iter().find(|snapshot| snapshot.name == name);
             found.ok_or_else(|| format!("the base snapshot {name:?} is gone from the cluster"))
@@ -101,7 +106,7 @@ impl Backup<'_> {
                 snapshot.name, snapshot.id, record.snapshot_id
             ));
         }
-        Ok(snapshot.name.clone())
+        Ok(snapshot.clone())
     }
 
     /// Says what a backup would do. Changes nothing, and takes no lock.
@@ -143,7 +148,7 @@ impl Backup<'_> {
 fn python_base<'a>(
     point: &Point,
     find: impl Fn(&str) -> Result<&'a Snapshot, String>,
-) -> Result<String, String> {
+) -> Result<Snapshot, String> {
     let snapshot = find(&point.name.to_string())?;
     let expected = snapshot.size.next_multiple_of(512);
     if point.virtual_size() != Some(expected) {
@@ -153,5 +158,5 @@ fn python_base<'a>(
             snapshot.name
         ));
     }
-    Ok(snapshot.name.clone())
+    Ok(snapshot.clone())
 }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::time::Duration;
 
-use super::{Backup, BackupError};
+use super::{Backup, BackupError, Plan};
 use crate::cancel::Cancel;
 use crate::chain::ChainWriter;
 use crate::chain::names::{ChainId, SnapshotName};
@@ -87,7 +87,39 @@ impl Drop for NewSnapshot<'_> {
     }
 }
 
+/// A snapshot that a point can be made of: it was there before and after all was read.
+#[derive(Clone, Copy)]
+pub(super) struct Taken {
+    pub(super) name: SnapshotName,
+    pub(super) id: u64,
+}
+
 impl Backup<'_> {
+    /// Checks, once everything was compared and read, that the new snapshot and its base are still
+    /// there. What the cluster tells of a snapshot that somebody removes meanwhile, and perhaps makes
+    /// again, is nothing to rely on.
+    pub(super) fn still_there(
+        &self,
+        pool: &Pool,
+        plan: &Plan,
+        source: &LibrbdSource,
+        name: SnapshotName,
+    ) -> Result<Taken, BackupError> {
+        // A handle that is open for reading shows the snapshots of when it was opened.
+        let (read, listed) = (source.image().snapshots()?, pool.open(self.image, None)?.snapshots()?);
+        if let Some(base) = plan.base_listed()
+            && !listed.iter().any(|snapshot| snapshot.id == base.id)
+        {
+            return Err(BackupError::SnapshotGone { snapshot: base.name.clone() });
+        }
+        let text = name.to_string();
+        let read = read.iter().find(|snapshot| snapshot.name == text);
+        match read.filter(|read| listed.iter().any(|snapshot| snapshot.id == read.id)) {
+            Some(snapshot) => Ok(Taken { name, id: snapshot.id }),
+            None => Err(BackupError::SnapshotGone { snapshot: text }),
+        }
+    }
+
     /// Removes the snapshots that killed runs of this chain left behind.
     pub(super) fn remove_unfinished_snapshots(
         &self,
@@ -144,9 +176,15 @@ impl Backup<'_> {
         own.push(newest.chain);
         let result = source.image().snapshots().and_then(|snapshots| {
             let mut names = own_snapshots(&snapshots, &own);
+            // The next backup's base, whatever time the others claim to be of.
+            names.retain(|name| *name != newest);
             names.sort_by_key(|name| std::cmp::Reverse(name.point));
-            for name in names.iter().skip(self.options.keep_snapshots.max(1)) {
-                pool.remove_snapshot(self.image, &name.to_string())?;
+            for name in names.iter().skip(self.options.keep_snapshots.saturating_sub(1)) {
+                match pool.remove_snapshot(self.image, &name.to_string()) {
+                    // Somebody protected it: the older ones are to go nevertheless.
+                    Err(error @ RbdError::Failed { .. }) => log::warn!("{}: {error}", self.image),
+                    result => result?,
+                }
             }
             Ok(())
         });

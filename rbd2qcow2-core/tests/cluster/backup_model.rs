@@ -51,6 +51,12 @@ fn options(number: u64) -> BackupOptions {
     };
     let mut options = BackupOptions::default();
     (options.cluster_size, options.compression, options.diff) = (cluster_size, compression, diff);
+    match number % 4 {
+        // One read at a time, in the least memory there is.
+        2 => (options.parallel, options.memory) = (1, 0),
+        3 => options.parallel = 64,
+        _ => {}
+    }
     options
 }
 

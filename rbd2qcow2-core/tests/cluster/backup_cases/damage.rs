@@ -48,6 +48,25 @@ fn the_newest_layer_is_missing() {
     begins_anew(&mut store, &spec, "gone from the cluster");
 }
 
+/// The point before it still has its snapshot, and is as good a base as any.
+#[test]
+fn the_newest_layer_is_missing_and_an_older_base_is_there() {
+    let cluster = cluster_or_skip!("the_newest_layer_is_missing_and_an_older_base_is_there");
+    let mut store = Store::new(&cluster);
+    store.options.keep_snapshots = 3;
+    let (spec, [_, middle, newest]) = chain_of_three(&mut store, "older-base");
+    fs::remove_file(&newest.file).expect("a removal");
+    store.freeze(&spec, &[&newest]);
+    store.expect_removal(&newest.file.with_extension("json"));
+    store.expect_removal(&newest.file.with_extension("digests"));
+    store.driver.write(&spec, 0, 5000, 4).expect("a write");
+    let made = store.back_up(&spec);
+    made.assert_upon(&middle);
+    store.back_up(&spec).assert_upon(&made);
+    store.check_again();
+    store.purge(&spec);
+}
+
 #[test]
 fn the_newest_layer_is_cut_off() {
     let cluster = cluster_or_skip!("the_newest_layer_is_cut_off");

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::progress::Status;
 
 use super::{MIB, small_objects};
@@ -92,6 +93,19 @@ fn without_object_maps_everything_is_compared() {
     back_up_twice(&mut store, &spec, 4 * MIB);
     assert!(store.points().iter().all(|made| made.manifest["diff_mode"] == "scan"));
     store.purge(&spec);
+}
+
+#[test]
+fn every_way_to_find_changes_is_recorded() {
+    let cluster = cluster_or_skip!("every_way_to_find_changes_is_recorded");
+    let mut store = Store::new(&cluster);
+    for (mode, name) in [(DiffMode::Exact, "exact"), (DiffMode::Scan, "scan"), (DiffMode::Fast, "fast")] {
+        store.options.diff = mode;
+        let spec = store.image(name, 4 * MIB, &small_objects());
+        back_up_twice(&mut store, &spec, 4 * MIB);
+        assert_eq!(store.points().last().expect("a point").manifest["diff_mode"], name);
+        store.purge(&spec);
+    }
 }
 
 #[test]

@@ -4,14 +4,14 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use rbd2qcow2_core::cancel::Cancel;
-use rbd2qcow2_core::progress::{Observer, Stage, Status};
+use rbd2qcow2_core::progress::{ImageReport, Observer, Stage, Status};
 
 use super::{MIB, small_objects};
 use crate::cluster::{unique, unique_image};
 use crate::cluster_or_skip;
-use crate::driver::{FULL_FEATURES, Layout, Spec};
+use crate::driver::{Driver, FULL_FEATURES, Layout, Spec};
 use crate::random::Random;
-use crate::store::{Store, why};
+use crate::store::{Made, Store, read_json, why};
 
 #[test]
 fn a_dry_run_changes_nothing() {
@@ -120,9 +120,34 @@ fn a_whole_pool_but_for_what_is_excluded() {
     let mut done: Vec<_> = reports.iter().map(|report| (&*report.image, report.status)).collect();
     done.sort_unstable_by_key(|done| done.0);
     assert_eq!(done, [("tmp", Status::Ok), ("vm-20", Status::Ok)]);
+    backup.exclude = vec!["*".to_owned()];
+    assert!(backup.run(&(), &Cancel::new()).expect("the pool is there").is_empty());
     backup.exclude = vec!["vm-[".to_owned()];
     assert!(backup.run(&(), &Cancel::new()).is_err());
     store.driver.pool_remove(&pool).expect("the pool can be removed");
+}
+
+/// Were a misspelt name an empty pool, a backup of nothing would look like a success.
+#[test]
+fn what_is_not_there_is_an_error() {
+    let cluster = cluster_or_skip!("what_is_not_there_is_an_error");
+    let store = Store::new(&cluster);
+    let spec = store.image("there", MIB, &small_objects());
+    let mut backup = store.pool_backup(std::slice::from_ref(&spec));
+    backup.images.clear();
+    let pool = std::mem::replace(&mut backup.pool, "no-such-pool".to_owned());
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such pool");
+    assert!(error.to_string().contains("no-such-pool"), "{error}");
+    backup.pool = pool;
+    backup.namespace = "no-such-namespace".to_owned();
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such namespace");
+    assert!(error.to_string().contains("no-such-namespace"), "{error}");
+    backup.namespace = String::new();
+    backup.dest = store.dest().join("not-mounted");
+    let error = backup.run(&(), &Cancel::new()).expect_err("there is no such directory");
+    assert!(error.to_string().contains("not-mounted") && !backup.dest.exists(), "{error}");
+    assert!(store.snapshot_names(&spec).is_empty());
+    store.purge(&spec);
 }
 
 #[test]
@@ -209,6 +234,141 @@ fn an_interrupted_run_leaves_nothing_behind() {
         assert_eq!(store.snapshot_names(&spec), snapshots, "{stage:?}");
     }
     store.back_up(&spec).assert_upon(&first);
+    store.check_again();
+    store.purge(&spec);
+}
+
+/// Does something to the image once the copy has begun.
+struct Meanwhile<F>(F);
+
+impl<F: Fn() + Sync> Observer for Meanwhile<F> {
+    fn stage(&self, _image: &str, stage: Stage) {
+        if stage == Stage::Copy {
+            (self.0)();
+        }
+    }
+}
+
+fn run_meanwhile(
+    store: &Store,
+    spec: &Spec,
+    act: impl Fn(&Driver) -> crate::driver::Result<()> + Sync,
+) -> ImageReport {
+    let backup = store.pool_backup(std::slice::from_ref(spec));
+    let observer = Meanwhile(|| act(&store.driver).expect("what happens meanwhile"));
+    backup.run(&observer, &Cancel::new()).expect("the pool").pop().expect("a report")
+}
+
+/// The point is the snapshot, not what the image has become by the time that it is read.
+#[test]
+fn an_image_that_changes_while_it_is_backed_up() {
+    let cluster = cluster_or_skip!("an_image_that_changes_while_it_is_backed_up");
+    let mut store = Store::new(&cluster);
+    let parent = store.image("moving-parent", 4 * MIB, &small_objects());
+    store.driver.write(&parent, 0, 4 * MIB, 1).expect("a write");
+    store.driver.snap_create(&parent, "base").expect("a snapshot");
+    let spec = unique_image("moving");
+    store.driver.clone(&parent, "base", &spec, &small_objects()).expect("a clone");
+    let mut last: Option<Made> = None;
+    for round in 0..3 {
+        store.driver.write(&spec, 0, 2 * MIB, 10 + round).expect("a write");
+        let before = store.driver.snaps(&spec).expect("snapshots");
+        let report = run_meanwhile(&store, &spec, |driver| match round {
+            0 => driver.write(&spec, MIB, 2 * MIB, 20).and_then(|()| driver.discard(&spec, 0, MIB)),
+            1 => driver.resize(&spec, 500_000).and_then(|()| driver.resize(&spec, 4 * MIB)),
+            _ => driver.resize(&spec, 100_000),
+        });
+        let made = store.take_in(&spec, &report, &before);
+        match &last {
+            Some(last) => made.assert_upon(last),
+            None => made.assert_full(None),
+        }
+        last = Some(made);
+    }
+    store.check_again();
+    store.purge(&spec);
+    store.purge(&parent);
+}
+
+#[test]
+fn a_clone_that_is_flattened_while_it_is_backed_up() {
+    let cluster = cluster_or_skip!("a_clone_that_is_flattened_while_it_is_backed_up");
+    let mut store = Store::new(&cluster);
+    let parent = store.image("flattening-parent", 4 * MIB, &small_objects());
+    store.driver.write(&parent, 0, 4 * MIB, 1).expect("a write");
+    store.driver.snap_create(&parent, "base").expect("a snapshot");
+    let spec = unique_image("flattening");
+    store.driver.clone(&parent, "base", &spec, &small_objects()).expect("a clone");
+    store.driver.discard(&spec, MIB, MIB).expect("a discard");
+    store.back_up(&spec);
+    store.driver.write(&spec, 0, 1000, 2).expect("a write");
+    let report = run_meanwhile(&store, &spec, |driver| {
+        driver.flatten(&spec).and_then(|()| driver.fill(&spec, 0, 4 * MIB, 7))
+    });
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    // It was a clone when the snapshot was taken, and is none at the snapshot any more.
+    let file = report.file.expect("a file");
+    let manifest = read_json(&file.with_extension("json"));
+    assert_eq!(manifest["clone_parent"]["image"], *parent.image);
+    let truth = tempfile::NamedTempFile::new().expect("a file");
+    store.driver.read_to(&spec, manifest["snapshot"].as_str(), truth.path()).expect("the snapshot");
+    store.adopt(&spec, manifest["point"].as_str().expect("a point"), &file, truth.path());
+    store.check_again();
+    store.purge(&spec);
+    store.purge(&parent);
+}
+
+#[test]
+fn a_snapshot_that_is_removed_meanwhile_fails_the_backup() {
+    let cluster = cluster_or_skip!("a_snapshot_that_is_removed_meanwhile_fails_the_backup");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("removed-meanwhile", 4 * MIB, &small_objects());
+    store.driver.write(&spec, 0, 4 * MIB, 1).expect("a write");
+    for whose in ["base", "new", "new, made again", "base, made again"] {
+        let first = store.back_up(&spec);
+        let base = first.manifest["snapshot"].as_str().expect("a name");
+        store.driver.write(&spec, 0, MIB, 2).expect("a write");
+        let report = run_meanwhile(&store, &spec, |driver| {
+            let snaps = driver.snaps(&spec)?;
+            let is_meant = |name: &str| (name == base) == whose.starts_with("base");
+            let gone = snaps.iter().find(|snap| is_meant(&snap.name)).expect("the snapshot");
+            driver.snap_remove(&spec, &gone.name)?;
+            if whose.ends_with("again") {
+                driver.snap_create(&spec, &gone.name)?;
+            }
+            Ok(())
+        });
+        assert_eq!(report.status, Status::Failed, "{whose}: {report:?}");
+        assert!(why(&report).contains("disappeared"), "{whose}: {}", why(&report));
+        store.check_directory(&spec);
+        let left = store.snapshot_names(&spec);
+        assert!(left.is_subset(&[base.to_owned()].into()), "{whose}: {left:?}");
+    }
+    let root = store.back_up(&spec);
+    root.assert_full(Some("base snapshot"));
+    store.check_again();
+    store.purge(&spec);
+}
+
+#[test]
+fn a_protected_snapshot_of_a_backup_is_left_alone() {
+    let cluster = cluster_or_skip!("a_protected_snapshot_of_a_backup_is_left_alone");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("protected", MIB, &small_objects());
+    store.options.keep_snapshots = 3;
+    let made: Vec<_> = (0..3).map(|_| store.back_up(&spec)).collect();
+    let names: Vec<_> = made.iter().map(|made| made.manifest["snapshot"].as_str().expect("a name")).collect();
+    store.driver.snap_protect(&spec, names[1]).expect("protected");
+    store.options.keep_snapshots = 1;
+    let report = store.run(&spec);
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    let left = store.snapshot_names(&spec);
+    // The new one and the protected one; the one older than that is gone, too.
+    assert!(left.len() == 2 && left.contains(names[1]), "{left:?}");
+    store.driver.snap_unprotect(&spec, names[1]).expect("unprotected");
+    let report = store.run(&spec);
+    assert_eq!(report.status, Status::Ok, "{}", why(&report));
+    assert_eq!(store.snapshot_names(&spec).len(), 1);
     store.check_again();
     store.purge(&spec);
 }
