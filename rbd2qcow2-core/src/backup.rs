@@ -13,7 +13,7 @@ use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
 use crate::copy::{Copy, CopyError};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
-use crate::layer::{LayerError, LayerSpec, LayerWriter};
+use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
@@ -216,7 +216,7 @@ impl Backup<'_> {
         let Writer::QemuNbd = self.options.writer;
         let spec = LayerSpec {
             path: pending.layer_path().to_owned(),
-            virtual_size: source.info().size.next_multiple_of(512),
+            virtual_size: source.info().size.next_multiple_of(SECTOR),
             backing: pending.backing_name(),
             cluster_size,
             compression: self.options.compression,
