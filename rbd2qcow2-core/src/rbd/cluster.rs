@@ -278,10 +278,11 @@ impl Pool {
         Ok(())
     }
 
-    /// The names of the pool's images, sorted.
+    /// The names of the pool's images, sorted. Bytes that are not UTF-8 are replaced: such an image
+    /// cannot be opened by this name, and fails alone.
     ///
     /// # Errors
-    /// [`RbdError::Failed`], [`RbdError::NotUtf8`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
+    /// [`RbdError::Failed`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
     pub fn images(&self) -> Result<Vec<String>, RbdError> {
         let what = || "list the pool's images".to_owned();
         let pool = self.clone();
@@ -296,7 +297,8 @@ impl Pool {
                 code
             })
         })??;
-        let mut names = split_nul(&names).map(|name| utf8(name, what)).collect::<Result<Vec<_>, _>>()?;
+        let mut names: Vec<_> =
+            split_nul(&names).map(|name| String::from_utf8_lossy(name).into_owned()).collect();
         names.sort();
         Ok(names)
     }

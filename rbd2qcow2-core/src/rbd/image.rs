@@ -23,7 +23,7 @@ pub struct Snapshot {
     pub id: u64,
     /// The image's size when it was made, in bytes.
     pub size: u64,
-    /// Its name.
+    /// Its name; bytes that are not UTF-8 are replaced.
     pub name: String,
 }
 
@@ -264,7 +264,7 @@ impl Image {
     /// The image's snapshots, in the order of their ids. Blocks.
     ///
     /// # Errors
-    /// [`RbdError::Failed`], [`RbdError::NotUtf8`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
+    /// [`RbdError::Failed`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
     pub fn snapshots(&self) -> Result<Vec<Snapshot>, RbdError> {
         let what = || format!("list the snapshots of {}", self.title());
         let title = what();
@@ -356,13 +356,14 @@ fn read_snapshots(raw: rbd_image_t, what: &str) -> Result<Vec<Snapshot>, RbdErro
         let snapshots = list.iter().take(count).map(|snapshot| {
             // SAFETY: librbd filled this place with a NUL-terminated name.
             let name = unsafe { CStr::from_ptr(snapshot.name) };
-            let name = utf8(name.to_bytes(), || what.to_owned())?;
-            Ok(Snapshot { id: snapshot.id, size: snapshot.size, name })
+            // Only somebody else's name is not UTF-8: it is looked at, never used.
+            let name = name.to_string_lossy().into_owned();
+            Snapshot { id: snapshot.id, size: snapshot.size, name }
         });
         let snapshots = snapshots.collect();
         // SAFETY: the list came from rbd_snap_list, and its end is marked by a null name.
         unsafe { sys::rbd_snap_list_end(list.as_mut_ptr()) };
-        return snapshots;
+        return Ok(snapshots);
     }
 }
 
