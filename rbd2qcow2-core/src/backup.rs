@@ -60,8 +60,8 @@ pub enum BackupError {
     /// A stop was asked for.
     #[error("interrupted; nothing of this backup was kept")]
     Cancelled,
-    /// The code is wrong. Nothing of the backup was kept.
-    #[error("internal error: the backup of this image panicked; the chain is as it was before")]
+    /// The code is wrong.
+    #[error("internal error: the backup of this image panicked; the points that existed are as they were")]
     Panicked,
 }
 
@@ -106,6 +106,10 @@ impl Backup<'_> {
         self.observer.started(self.image, &report.progress);
         match self.run_to(&mut report) {
             Ok(status) => report.status = status,
+            // The point may be there, whatever was asked for meanwhile.
+            Err(error @ BackupError::Chain(ChainError::CommitUncertain { .. })) => {
+                report.error = Some(error.into());
+            }
             Err(_) if self.cancel.is_set() => report.error = Some(BackupError::Cancelled.into()),
             Err(error) => report.error = Some(error.into()),
         }

@@ -43,6 +43,14 @@ pub enum CopyError {
     /// The layer failed.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// No buffer can hold a grain of the layer.
+    #[error("{largest} bytes of memory are too little for a layer with a grain of {grain} bytes")]
+    Memory {
+        /// The layer's grain in bytes.
+        grain: u64,
+        /// The largest buffer in bytes.
+        largest: u64,
+    },
     /// A thread could not be started.
     #[error("cannot start a thread for the copy")]
     Thread(#[source] std::io::Error),
@@ -114,10 +122,14 @@ impl Copy<'_> {
         let size = self.source.size();
         self.progress.size.add(size);
         let largest = self.buffers.largest() as u64;
+        let grain = self.layer.grain();
+        if grain > largest {
+            return Err(CopyError::Memory { grain, largest });
+        }
         let run = Run {
             copy: *self,
             // A grain is never split.
-            block: BLOCK.min(largest).max(self.layer.grain()),
+            block: BLOCK.min(largest).max(grain),
             start: Instant::now(),
             diff_nanos: AtomicU64::new(0),
             failure: Mutex::new(None),
@@ -188,6 +200,7 @@ impl Run<'_> {
             Err(error) => {
                 // The threads that did start must not wait for the ones that did not.
                 self.copy.stop.set();
+                self.copy.layer.abort();
                 Err(CopyError::Thread(error))
             }
         }

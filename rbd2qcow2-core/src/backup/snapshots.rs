@@ -3,10 +3,12 @@
 use std::cell::Cell;
 use std::time::Duration;
 
+use rustix::io::Errno;
+
 use super::{Backup, BackupError, Plan};
 use crate::cancel::Cancel;
-use crate::chain::ChainWriter;
 use crate::chain::names::{ChainId, SnapshotName};
+use crate::chain::{Announcement, ChainWriter};
 use crate::rbd::{Image, Patience, Pool, RbdError, Snapshot};
 use crate::source::librbd::LibrbdSource;
 
@@ -138,7 +140,7 @@ impl Backup<'_> {
             match pool.remove_snapshot(self.image, &name.to_string()) {
                 Ok(()) => {}
                 // Somebody protected or cloned it: no reason to do without backups from now on.
-                Err(error @ RbdError::Failed { .. }) => {
+                Err(error @ RbdError::Failed { errno: Errno::BUSY, .. }) => {
                     log::warn!("{}: {error}; remove it by hand", self.image);
                 }
                 Err(error) => return Err(error.into()),
@@ -157,7 +159,11 @@ impl Backup<'_> {
                 Err(error) => return Err(error.into()),
             }
         }
-        if announced.is_some() {
+        let here = |note: &Announcement| {
+            note.fsid == self.fsid && note.pool == self.pool_name && note.namespace == self.namespace
+        };
+        // A note about another pool's image of this name says nothing of the snapshots here.
+        if announced.as_ref().is_some_and(here) {
             chain.clear_announcement()?;
         }
         Ok(())

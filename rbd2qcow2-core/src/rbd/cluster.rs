@@ -30,9 +30,31 @@ pub struct ClusterOptions {
 }
 
 impl ClusterOptions {
-    fn client(&self) -> &str {
-        self.name.as_deref().unwrap_or("client.admin")
+    /// The client's full name: as given, else by `CEPH_ARGS`, else the administrator's.
+    fn client(&self) -> String {
+        let from_env = || client_in(&std::env::var("CEPH_ARGS").unwrap_or_default());
+        self.name.clone().or_else(from_env).unwrap_or_else(|| "client.admin".to_owned())
     }
+}
+
+/// The client that `CEPH_ARGS` names. librados takes every other option from there, but wants the
+/// name before it reads any; the `rbd` program knows these.
+pub(super) fn client_in(arguments: &str) -> Option<String> {
+    let mut words = arguments.split_whitespace();
+    let mut client = None;
+    while let Some(word) = words.next() {
+        let (option, value) = match word.split_once('=') {
+            Some((option, value)) => (option, Some(value)),
+            None => (word, None),
+        };
+        let prefix = match option {
+            "--id" | "--user" | "-i" => "client.",
+            "--name" | "-n" => "",
+            _ => continue,
+        };
+        client = value.or_else(|| words.next()).map(|name| format!("{prefix}{name}"));
+    }
+    client
 }
 
 /// Monitors that are up answer in milliseconds; librados's own limit of 300 s is a hang to a person.
@@ -98,7 +120,7 @@ impl Cluster {
         // SAFETY: the handle is configured and not yet connected; the closure keeps it alive.
         let code = wait.call(what, move || unsafe { rados_sys::rados_connect(handle.handle.raw) })?;
         if code == -Errno::NOENT.raw_os_error() {
-            return Err(cluster.what_is_missing(client)?);
+            return Err(cluster.what_is_missing(&client)?);
         }
         check(code, what)?;
         Ok(cluster)
@@ -116,7 +138,8 @@ impl Cluster {
     /// A handle that knows its configuration and is not connected.
     fn configure(options: &ClusterOptions, patience: Patience) -> Result<Self, RbdError> {
         let what = || "set up librados".to_owned();
-        let name = c_string(options.client(), || format!("connect as {:?}", options.client()))?;
+        let client = options.client();
+        let name = c_string(&client, || format!("connect as {client:?}"))?;
         let mut raw: rados_t = ptr::null_mut();
         // SAFETY: both strings are NUL-terminated and live through the call.
         let code = unsafe { rados_sys::rados_create2(&mut raw, c"ceph".as_ptr(), name.as_ptr(), 0) };
@@ -129,8 +152,9 @@ impl Cluster {
         let code = unsafe {
             rados_sys::rados_conf_read_file(raw, path.as_ref().map_or(ptr::null(), |path| path.as_ptr()))
         };
-        // Without a file of that name given, everything may come from the other options.
-        if conf.is_some() || options.mon_host.is_none() {
+        // Without a file of that name given, everything may come from elsewhere.
+        let elsewhere = options.mon_host.is_some() || std::env::var_os("CEPH_ARGS").is_some();
+        if conf.is_some() || !elsewhere {
             check(code, || match &conf {
                 Some(path) => format!("read the configuration file {path}"),
                 None => "find a Ceph configuration file (CEPH_CONF, /etc/ceph/ceph.conf)".to_owned(),

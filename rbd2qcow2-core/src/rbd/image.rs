@@ -394,8 +394,15 @@ fn read_metadata(raw: rbd_image_t, what: &str) -> Result<BTreeMap<Vec<u8>, Vec<u
             code
         },
     )?;
-    let values = split_nul(&values[..values_length]).map(<[u8]>::to_vec);
-    Ok(split_nul(&keys).map(<[u8]>::to_vec).zip(values).collect())
+    let keys: Vec<_> = split_nul(&keys).map(<[u8]>::to_vec).collect();
+    let mut values: Vec<_> = split_nul(&values[..values_length]).map(<[u8]>::to_vec).collect();
+    if keys.len() != values.len() {
+        log::warn!(
+            "{what}: some hold NUL bytes, so that values and keys cannot be told apart; only keys are taken"
+        );
+        values = vec![Vec::new(); keys.len()];
+    }
+    Ok(keys.into_iter().zip(values).collect())
 }
 
 fn read_parent(raw: rbd_image_t, what: &str) -> Result<Option<Parent>, RbdError> {

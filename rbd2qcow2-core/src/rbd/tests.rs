@@ -36,3 +36,14 @@ fn features_have_the_names_that_rbd_prints() {
     let names = ["layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten", "bit-60"];
     assert_eq!(info.feature_names(), names);
 }
+
+#[test]
+fn the_client_is_found_in_ceph_args() {
+    let client = |arguments| super::cluster::client_in(arguments);
+    assert_eq!(client(""), None);
+    assert_eq!(client("--keyring /k -m 1.2.3.4"), None);
+    assert_eq!(client("-m host --id backup").as_deref(), Some("client.backup"));
+    assert_eq!(client("--id=backup --debug-ms=1").as_deref(), Some("client.backup"));
+    assert_eq!(client("-n client.vm").as_deref(), Some("client.vm"));
+    assert_eq!(client("--name"), None);
+}
