@@ -17,6 +17,8 @@ mod directory;
 mod driver;
 #[path = "cli/faults.rs"]
 mod faults;
+#[path = "cli/frozen.rs"]
+mod frozen;
 #[path = "cli/killed.rs"]
 mod killed;
 #[path = "cli/list.rs"]

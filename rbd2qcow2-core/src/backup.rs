@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::{self, RecvTimeoutError};
+
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 
@@ -11,7 +13,7 @@ use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
 use crate::copy::{Copy, CopyError};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
-use crate::layer::{LayerError, LayerSpec, LayerWriter};
+use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
@@ -153,7 +155,7 @@ impl Backup<'_> {
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
         report.diff_time = self.copy(&source, &layer, &plan, &pending, &stop, &report.progress)?;
-        layer.finish()?;
+        self.finish(&layer)?;
 
         self.stage(Stage::Commit);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
@@ -214,7 +216,7 @@ impl Backup<'_> {
         let Writer::QemuNbd = self.options.writer;
         let spec = LayerSpec {
             path: pending.layer_path().to_owned(),
-            virtual_size: source.info().size.next_multiple_of(512),
+            virtual_size: source.info().size.next_multiple_of(SECTOR),
             backing: pending.backing_name(),
             cluster_size,
             compression: self.options.compression,
@@ -245,6 +247,26 @@ impl Backup<'_> {
             stop,
         };
         Ok(copy.run()?)
+    }
+
+    /// Has the layer written to the end. What is still in the writer's hands may take a slow disk
+    /// minutes; a stop does not wait for it.
+    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), BackupError> {
+        let (finishing, finished) = channel::bounded::<()>(0);
+        let watch = move || {
+            while finished.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
+                if self.cancel.is_set() {
+                    layer.abort();
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            // Owned here, so that a panic ends the watch, too.
+            let _finishing = finishing;
+            let watcher = std::thread::Builder::new().name("finish".into());
+            watcher.spawn_scoped(scope, watch).map_err(CopyError::Thread)?;
+            Ok(layer.finish()?)
+        })
     }
 }
 

@@ -39,7 +39,7 @@ struct State {
 }
 
 /// Zero-initialised bytes of which `size` from an aligned start on are used.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Allocation {
     bytes: Vec<u8>,
     start: usize,
@@ -116,27 +116,68 @@ impl BufferPool {
     }
 
     fn buffer(&self, allocation: Allocation, length: usize) -> Buffer {
-        Buffer { allocation: Some(allocation), length, pool: self.clone() }
+        Buffer { allocation: Some(allocation), lent: 0, length, pool: self.clone() }
     }
 }
 
 /// Bytes out of a [`BufferPool`], to which they return on drop.
 #[derive(Debug)]
 pub struct Buffer {
-    /// `None` only while the bytes are lent out by [`Buffer::take`].
+    /// `None` while the bytes are lent out, and in what [`Buffer::take`] leaves behind.
     allocation: Option<Allocation>,
+    /// Bytes of the lent allocation, which count in the pool until this is dropped.
+    lent: usize,
     length: usize,
     pool: BufferPool,
 }
 
+/// The bytes of a [`Buffer`] in the hands of somebody who may never give them back.
+///
+/// They do not count in the pool once the buffer is dropped, and are freed, not reused, when these
+/// are: what others wait for must not depend on an answer that may not come.
+#[derive(Debug, Default)]
+pub struct Lent {
+    allocation: Allocation,
+    length: usize,
+}
+
+impl Deref for Lent {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.allocation.bytes[self.allocation.start..self.allocation.start + self.length]
+    }
+}
+
+impl DerefMut for Lent {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.allocation.bytes[self.allocation.start..self.allocation.start + self.length]
+    }
+}
+
 impl Buffer {
     /// Moves the bytes out, into a buffer of their own, and leaves an empty one behind.
-    ///
-    /// For a reader that must hand the bytes to somebody who may never give them back.
     #[must_use]
     pub fn take(&mut self) -> Buffer {
-        let empty = Buffer { allocation: None, length: 0, pool: self.pool.clone() };
+        let empty = Buffer { allocation: None, lent: 0, length: 0, pool: self.pool.clone() };
         std::mem::replace(self, empty)
+    }
+
+    /// Hands the bytes out, and keeps their place in the pool. The buffer is empty until they are
+    /// [given back](Self::take_back).
+    #[must_use]
+    pub fn lend(&mut self) -> Lent {
+        let length = std::mem::take(&mut self.length);
+        let allocation = self.allocation.take().unwrap_or_default();
+        self.lent = allocation.size;
+        Lent { allocation, length }
+    }
+
+    /// Ends what [`lend`](Self::lend) began, with the same bytes.
+    pub fn take_back(&mut self, lent: Lent) {
+        debug_assert_eq!(lent.allocation.size, self.lent, "not the bytes that this buffer lent");
+        (self.lent, self.length) = (0, lent.length);
+        self.allocation = Some(lent.allocation);
     }
 
     /// Makes the buffer `length` bytes long. Bytes that it did not have before are zero.
@@ -188,10 +229,14 @@ impl AsRef<[u8]> for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(allocation) = self.allocation.take() {
-            self.pool.0.lock().idle.push(allocation);
-            self.pool.0.returned.notify_one();
+        let mut state = self.pool.0.lock();
+        match self.allocation.take() {
+            Some(allocation) => state.idle.push(allocation),
+            None if self.lent > 0 => state.allocated -= self.lent,
+            None => return,
         }
+        drop(state);
+        self.pool.0.returned.notify_one();
     }
 }
 
@@ -241,6 +286,35 @@ mod tests {
         let _held = pool.get(1, &cancel);
         cancel.set();
         assert!(pool.get(1, &cancel).is_none());
+    }
+
+    #[test]
+    fn lent_bytes_come_back() {
+        let pool = BufferPool::new(64 << 10);
+        let mut buffer = pool.get(8, &Cancel::new()).expect("not cancelled");
+        let mut lent = buffer.lend();
+        assert_eq!((buffer.len(), lent.len()), (0, 8));
+        assert_eq!(pool.0.lock().allocated, 64 << 10, "lent bytes count");
+        lent.copy_from_slice(b"01234567");
+        buffer.take_back(lent);
+        assert_eq!(&buffer[..], b"01234567");
+        drop(buffer);
+        assert_eq!(pool.0.lock().idle.len(), 1);
+        assert_eq!(pool.0.lock().allocated, 64 << 10);
+    }
+
+    /// Reads that were given up once kept their share of the pool, and with it every other image,
+    /// waiting for as long as the cluster gave no answer.
+    #[test]
+    fn bytes_that_are_never_given_back_hold_nobody_up() {
+        let pool = BufferPool::new(64 << 10);
+        let mut buffer = pool.get(8, &Cancel::new()).expect("not cancelled");
+        let lent = buffer.lend();
+        drop(buffer);
+        drop(pool.get(64 << 10, &Cancel::new()).expect("not cancelled"));
+        drop(lent);
+        assert_eq!(pool.0.lock().idle.len(), 1);
+        assert_eq!(pool.0.lock().allocated, 64 << 10);
     }
 
     #[test]

@@ -343,6 +343,7 @@ impl PendingLayer<'_> {
         let bytes =
             bytes.map_err(|cause| ChainError::Manifest { path: self.paths.manifest.clone(), cause })?;
         durable::write_aside(&self.paths.manifest_partial, &bytes)?;
+        self.files.push(self.paths.manifest_partial.clone());
         durable::rename_new(&self.paths.digests_partial, &self.paths.digests)?;
         self.files.push(self.paths.digests.clone());
         durable::rename_new(&self.paths.manifest_partial, &self.paths.manifest)?;

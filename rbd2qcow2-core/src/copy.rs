@@ -19,7 +19,7 @@ use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 use crate::chain::digests::{DigestWriter, SegmentDigests};
 use crate::extent::{Extent, ExtentKind, align, align_up, runs};
-use crate::layer::{LayerError, LayerWriter};
+use crate::layer::{LayerError, LayerWriter, SECTOR};
 use crate::progress::Progress;
 use crate::rate::RateLimit;
 use crate::source::{RbdDiffSource, SourceError};
@@ -32,9 +32,6 @@ const DIFF_THREADS: usize = 8;
 
 /// The longest read: an object of the usual size. Longer ones only hold more memory at a time.
 const BLOCK: u64 = 4 << 20;
-
-/// qcow2 counts virtual sizes in sectors.
-const SECTOR: u64 = 512;
 
 /// Why a copy ended before all was copied.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +130,10 @@ impl Copy<'_> {
             return Err(error);
         }
         started?;
+        if self.stop.is_set() {
+            // Set by the caller: threads went home early, and had no error to tell.
+            return Err(CopyError::Cancelled);
+        }
         Ok(Duration::from_nanos(run.diff_nanos.into_inner()))
     }
 }

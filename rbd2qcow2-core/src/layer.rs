@@ -10,6 +10,9 @@ use crate::source::BoxError;
 
 pub mod qemu_nbd;
 
+/// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.
+pub const SECTOR: u64 = 512;
+
 /// Why a layer could not be written. The layer's file is then unusable and must be removed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -213,14 +213,15 @@ fn at_random_moments_with(name: &str, features: &'static [&'static str], rounds:
     let mut random = Random::of_this_run(&test);
     let rig = Rig::new(&cluster);
     let mut victim = Victim::new(&rig, name, features);
-    // How long each kind takes when it is left alone.
+    // How long each kind takes at best when it is left alone.
     let mut times = BTreeMap::new();
-    for kind in KINDS {
+    for kind in KINDS.into_iter().chain(KINDS) {
         victim.prepare(kind, &mut random);
         let start = Instant::now();
         let run = victim.start(kind).wait();
         assert_eq!(run.status, Some(0), "{run:?}");
-        times.insert(kind, start.elapsed());
+        let time = times.entry(kind).or_insert(Duration::MAX);
+        *time = start.elapsed().min(*time);
         assert!(victim.adopt());
     }
 

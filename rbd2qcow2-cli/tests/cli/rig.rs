@@ -172,15 +172,17 @@ fn is_layer(name: &str) -> bool {
     !name.starts_with('.') && name.ends_with(".qcow2")
 }
 
-/// Processes that have their working directory in `directory`, with their command lines. Both
-/// qemu-nbd and the shell above it work in the directory of their image.
+/// Processes that work in `directory` or have a file of it open, with their command lines. The shell
+/// above qemu-nbd does the one, qemu-nbd the other.
 pub fn processes_in(directory: &Path) -> BTreeMap<u32, String> {
     let directory = directory.canonicalize().expect("the destination is there");
     let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_inside = |link: &Path| std::fs::read_link(link).is_ok_and(|place| place.starts_with(&directory));
     let inside = pids.filter(|pid| {
-        let place = std::fs::read_link(format!("/proc/{pid}/cwd"));
-        place.is_ok_and(|place| place.starts_with(&directory))
+        let process = PathBuf::from(format!("/proc/{pid}"));
+        let mut files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+        is_inside(&process.join("cwd")) || files.any(|file| is_inside(&file.path()))
     });
     inside.map(|pid| (pid, command_line(pid))).collect()
 }

@@ -4,6 +4,7 @@ use super::{Backup, BackupError};
 use crate::chain::catalogue::{Catalogue, Point, PointKind};
 use crate::chain::names::{ChainId, ImageName, PointName};
 use crate::chain::{ChainError, image_directory};
+use crate::layer::SECTOR;
 use crate::progress::{ImageReport, Status};
 use crate::rbd::{Granularity, Image, ImageInfo, Snapshot};
 
@@ -150,7 +151,7 @@ fn python_base<'a>(
     find: impl Fn(&str) -> Result<&'a Snapshot, String>,
 ) -> Result<Snapshot, String> {
     let snapshot = find(&point.name.to_string())?;
-    let expected = snapshot.size.next_multiple_of(512);
+    let expected = snapshot.size.next_multiple_of(SECTOR);
     if point.virtual_size() != Some(expected) {
         return Err(format!(
             "{} is not as large as its snapshot {:?}, which has {expected} bytes",

@@ -70,7 +70,11 @@ impl Drop for NewSnapshot<'_> {
         match pool.remove_snapshot(self.image, &self.name) {
             // Without the image there is no snapshot either.
             Err(error) if !error.is_not_found() => {
-                log::warn!("{error}; the next backup of this image removes it");
+                log::warn!(
+                    "{}: snapshot {} stays for now, the next backup of this image removes it: {error}",
+                    self.image,
+                    self.name
+                );
             }
             // There being none now says nothing of later: only the note leads the next run to it.
             _ if self.unanswered.get() => {}

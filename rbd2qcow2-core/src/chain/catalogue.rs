@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::error::ChainError;
-use super::manifest::{Manifest, ManifestError, SECTOR};
+use super::manifest::{Manifest, ManifestError};
 use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
 use crate::qcow2::header::Header;
 
@@ -416,7 +416,7 @@ impl Examined {
         }
         if let Some(header) = header {
             let record = &manifest.record;
-            let size = record.virtual_size.next_multiple_of(SECTOR);
+            let size = record.layer_size();
             disagree("virtual size", header.virtual_size.to_string(), size.to_string());
             let clusters = header.cluster_bits.size();
             disagree("cluster size", clusters.to_string(), record.cluster_size.to_string());

@@ -23,6 +23,7 @@ use serde_json::Value;
 
 use super::digests::DigestsInfo;
 use super::names::{ChainId, ImageName, PointName, SnapshotName};
+use crate::layer::SECTOR;
 use crate::qcow2::header::ClusterBits;
 use crate::qcow2::open_regular;
 
@@ -31,9 +32,6 @@ pub const FORMAT: u64 = 1;
 
 /// Longest manifest that is read, in bytes. Metadata of an image is some KiB at most.
 pub const MANIFEST_MAX: u64 = 16 << 20;
-
-/// A layer's virtual size is a multiple of this, in bytes.
-pub const SECTOR: u64 = 512;
 
 /// Marks a metadata key or value that is given in hex.
 const HEX_PREFIX: &str = "hex:";

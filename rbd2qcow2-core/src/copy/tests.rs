@@ -199,6 +199,29 @@ fn a_cancel_frees_threads_that_the_layer_holds() {
     });
 }
 
+/// Nothing is copied when the stop flag is set from outside, and that is no success.
+#[test]
+fn a_stop_that_nobody_explains_is_no_success() {
+    let (source, layer, cancel) = (full(), MemoryLayer::new(1 << 20, 4096), Cancel::new());
+    let stop = cancel.part();
+    stop.set();
+    let error = Copy {
+        source: &source,
+        layer: &layer,
+        root: true,
+        digests: None,
+        buffers: &BufferPool::new(256 << 10),
+        rate_limit: None,
+        parallel: 4,
+        progress: &Progress::default(),
+        cancel: &cancel,
+        stop: &stop,
+    }
+    .run()
+    .unwrap_err();
+    assert!(matches!(error, CopyError::Cancelled), "{error}");
+}
+
 /// Once the last sector of a shrunk image showed what the larger base held behind the new end.
 #[test]
 fn the_padding_hides_what_a_larger_base_held() {

@@ -29,7 +29,7 @@ pub use self::error::QemuNbdError;
 pub use self::server::{Aio, IoMode};
 use self::server::{Running, Stop};
 pub use self::tools::QemuTools;
-use super::{Compression, LayerError, LayerSpec, LayerWriter};
+use super::{Compression, LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::nbd::NbdError;
 use crate::nbd::client::{Client, ZeroOptions};
 
@@ -303,7 +303,7 @@ fn check(spec: &LayerSpec) -> Result<(), QemuNbdError> {
     if let Compression::Zstd { level: Some(level) } = spec.compression {
         return Err(QemuNbdError::CompressionLevel { level });
     }
-    if !spec.virtual_size.is_multiple_of(512) || spec.virtual_size > LARGEST_SIZE {
+    if !spec.virtual_size.is_multiple_of(SECTOR) || spec.virtual_size > LARGEST_SIZE {
         return Err(QemuNbdError::BadVirtualSize { size: spec.virtual_size });
     }
     if !spec.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&spec.cluster_size) {

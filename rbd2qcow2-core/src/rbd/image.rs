@@ -95,7 +95,7 @@ pub struct Image(Arc<ImageHandle>);
 #[derive(Debug)]
 struct ImageHandle {
     raw: RawImage,
-    /// Destroyed only after the image is closed.
+    /// Destroyed only after the image is closed; never, when that does not happen.
     pool: Pool,
     /// For messages: `image "vm" at snapshot "s"`.
     title: String,
@@ -115,6 +115,8 @@ unsafe impl Sync for RawImage {}
 impl Drop for ImageHandle {
     fn drop(&mut self) {
         if self.abandoned.load(Ordering::Acquire) {
+            // The open image and its request use the connection: it must not be shut down either.
+            std::mem::forget(self.pool.clone());
             return;
         }
         let (raw, pool) = (self.raw, self.pool.clone());

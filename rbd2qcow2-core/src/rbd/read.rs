@@ -11,7 +11,7 @@ use sys::rbd_completion_t;
 
 use super::error::RbdError;
 use super::image::Image;
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Lent};
 use crate::cancel::Cancel;
 
 /// `LIBRADOS_OP_FLAG_FADVISE_SEQUENTIAL | LIBRADOS_OP_FLAG_FADVISE_NOCACHE` (librados.h): a backup
@@ -21,7 +21,7 @@ const READ_ONCE: c_int = 0x8 | 0x40;
 /// A read under way. The reader holds one reference, librbd's callback the other.
 struct InFlight {
     /// librbd's until `result` is set, the reader's from then on.
-    buffer: UnsafeCell<Buffer>,
+    buffer: UnsafeCell<Lent>,
     /// The completion's return value.
     result: Mutex<Option<isize>>,
     done: Condvar,
@@ -30,7 +30,7 @@ struct InFlight {
 // SAFETY: `buffer` has one user at a time: librbd before `result` is set under its lock, the reader
 // after it saw it set under the same lock.
 unsafe impl Sync for InFlight {}
-// SAFETY: Buffer is Send, and so is the rest.
+// SAFETY: Lent is Send, and so is the rest.
 unsafe impl Send for InFlight {}
 
 /// What librbd calls when the read is done, in a thread of its own.
@@ -47,24 +47,25 @@ extern "C" fn finished(completion: rbd_completion_t, state: *mut c_void) {
 
 impl Image {
     /// Fills `buffer` from `offset` on and gives it back. Blocks, at most as long as the pool's
-    /// patience; a buffer whose read was given up is lost.
+    /// patience. When the read is given up, librbd keeps the bytes until it answers, but they no
+    /// longer count in the buffer's pool.
     ///
     /// # Errors
     /// [`RbdError::Failed`], [`RbdError::ShortRead`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
-    pub fn read(&self, offset: u64, buffer: Buffer) -> Result<Buffer, RbdError> {
+    pub fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer, RbdError> {
         let length = buffer.len();
         let what = || format!("read {length} bytes at offset {offset} of {}", self.title());
         let state = Arc::new(InFlight {
-            buffer: UnsafeCell::new(buffer),
+            buffer: UnsafeCell::new(buffer.lend()),
             result: Mutex::new(None),
             done: Condvar::new(),
         });
         self.submit(offset, length, &state).map_err(|code| RbdError::failed(what(), code))?;
         let got = self.wait(&state, what)?;
         // SAFETY: `result` is set, so librbd is done with the buffer.
-        let filled = unsafe { &mut *state.buffer.get() }.take();
+        buffer.take_back(std::mem::take(unsafe { &mut *state.buffer.get() }));
         match usize::try_from(got) {
-            Ok(got) if got == length => Ok(filled),
+            Ok(got) if got == length => Ok(buffer),
             Ok(got) => Err(RbdError::ShortRead { what: what(), got }),
             Err(_) => Err(RbdError::failed(what(), c_int::try_from(got).unwrap_or(c_int::MIN + 1))),
         }

@@ -20,11 +20,9 @@ use std::ops::Range;
 use super::{RbdDiffSource, SourceError};
 use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind};
+use crate::layer::SECTOR;
 use crate::options::DiffMode;
 use crate::rbd::{Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
-
-/// qcow2 counts virtual sizes in sectors.
-const SECTOR: u64 = 512;
 
 /// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent
 /// requests busy, few enough to spread a small image over all threads.

@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::{RbdDiffSource, SourceError};
 use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind, is_zero};
+use crate::layer::SECTOR;
 
 /// Contents of a snapshot and of its base, compared byte by byte when asked.
 #[derive(Clone, Debug, Default)]
@@ -38,7 +39,7 @@ impl MemorySource {
 
     fn changed(&self, range: &Range<u64>) -> bool {
         let base_size = self.base.as_ref().map_or(0, Vec::len) as u64;
-        if range.end == self.size() && !range.end.is_multiple_of(512) && base_size > range.end {
+        if range.end == self.size() && !range.end.is_multiple_of(SECTOR) && base_size > range.end {
             return true;
         }
         let new = Self::slice(&self.content, range);

@@ -96,21 +96,43 @@ pub struct OwnCluster {
 impl OwnCluster {
     /// Starts one, which takes some seconds.
     pub fn start() -> Self {
+        Self::start_with(1)
+    }
+
+    /// One with so many OSDs.
+    pub fn start_with(osds: u32) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cluster = TestCluster { conf: dir.path().join("ceph.conf") };
         let own = Self { dir, cluster };
-        own.script(&["start"], &["--osds", "1"]);
+        own.script(&["start"], &["--osds", &osds.to_string()]);
         own
     }
 
     /// Freezes the OSD: what is asked of it gets no answer.
     pub fn pause_osd(&self) {
-        self.script(&["osd-pause"], &["0"]);
-        self.wait_until_frozen("osd.0");
+        self.pause_osd_number(0);
+    }
+
+    pub fn pause_osd_number(&self, id: u32) {
+        self.script(&["osd-pause"], &[&id.to_string()]);
+        self.wait_until_frozen(&format!("osd.{id}"));
     }
 
     pub fn resume_osd(&self) {
-        self.script(&["osd-resume"], &["0"]);
+        self.resume_osd_number(0);
+    }
+
+    pub fn resume_osd_number(&self, id: u32) {
+        self.script(&["osd-resume"], &[&id.to_string()]);
+    }
+
+    /// Ends the OSD: connections to it break.
+    pub fn stop_osd(&self) {
+        self.script(&["osd-stop"], &["0"]);
+    }
+
+    pub fn start_osd(&self) {
+        self.script(&["osd-start"], &["0"]);
     }
 
     /// Freezes the monitor.

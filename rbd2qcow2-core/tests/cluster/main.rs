@@ -5,6 +5,8 @@
 
 mod backup_cases;
 mod backup_model;
+// Shared with the tests of the program, which need other parts of it.
+#[allow(dead_code)]
 mod cluster;
 mod diff_truth;
 // Complete, whichever commands the tests of the day need.

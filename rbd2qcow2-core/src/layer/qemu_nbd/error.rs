@@ -53,6 +53,17 @@ pub enum QemuNbdError {
         /// What it wrote to standard error.
         stderr: String,
     },
+    /// A program did not end.
+    #[error(
+        "{} did not end within {} s and was killed; does the file system of the backups answer?",
+        program.display(), limit.as_secs_f64()
+    )]
+    Hung {
+        /// The program.
+        program: PathBuf,
+        /// How long it had.
+        limit: Duration,
+    },
     /// The new file could not be made.
     #[error("cannot make the file")]
     NewFile(

@@ -4,12 +4,13 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 
 use super::{QemuNbdError, QemuNbdLayer, QemuTools};
+use crate::cancel::Cancel;
 use crate::nbd::NbdError;
 use crate::nbd::client::{Client, ClientOptions};
 use crate::nbd::server_process::{ServerCommand, ServerProcess};
@@ -142,10 +143,16 @@ impl Running {
         layer.stop.check()?;
         disconnected.map_err(|e| explain(&server, tools, e))?;
         layer.stop.keep(0);
-        match server.exit_within(layer.options.exit_limit) {
-            Some(exit) if exit.success() => Ok(()),
-            Some(exit) => Err(QemuNbdError::BadExit { program: program(), exit }),
-            None => Err(QemuNbdError::Stuck { program: program(), limit: layer.options.exit_limit }),
+        let (start, limit) = (Instant::now(), layer.options.exit_limit);
+        loop {
+            match server.exit_within(Cancel::POLL) {
+                Some(exit) if exit.success() => return Ok(()),
+                Some(exit) => return Err(QemuNbdError::BadExit { program: program(), exit }),
+                None if start.elapsed() >= limit => {
+                    return Err(QemuNbdError::Stuck { program: program(), limit });
+                }
+                None => layer.stop.check()?,
+            }
         }
     }
 

@@ -5,6 +5,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::QemuNbdError;
 use super::server::Aio;
@@ -119,24 +121,64 @@ impl QemuTools {
     }
 }
 
-/// Runs a program to its end, without a shell and without input.
+/// How long qemu-img may take, which only makes an empty file; a destination that hangs hangs it.
+const RUN_LIMIT: Duration = Duration::from_secs(60);
+
+/// How often it is looked at whether a program has ended.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Runs a program to its end, without a shell and without input. Its output must be short: nobody
+/// reads it before that end.
 fn run<A: AsRef<OsStr>>(
     program: &Path,
     arguments: impl IntoIterator<Item = A>,
 ) -> Result<Output, QemuNbdError> {
-    let output =
-        Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).output().map_err(
-            |e| {
-                let program = program.to_owned();
-                match e.kind() {
-                    ErrorKind::NotFound => QemuNbdError::NotFound { program },
-                    _ => QemuNbdError::Run { program, source: Arc::new(e) },
-                }
-            },
-        )?;
+    run_within(RUN_LIMIT, program, arguments)
+}
+
+fn run_within<A: AsRef<OsStr>>(
+    limit: Duration,
+    program: &Path,
+    arguments: impl IntoIterator<Item = A>,
+) -> Result<Output, QemuNbdError> {
+    let start_error = |e: std::io::Error| match e.kind() {
+        ErrorKind::NotFound => QemuNbdError::NotFound { program: program.to_owned() },
+        _ => run_error(program, e),
+    };
+    let mut command = Command::new(program);
+    command.args(arguments).env("LC_ALL", "C");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().map_err(start_error)?;
+    let start = Instant::now();
+    while child.try_wait().map_err(|e| run_error(program, e))?.is_none() {
+        if start.elapsed() >= limit {
+            // Not waited for: one that hangs in the kernel does not die before the kernel lets it.
+            let _ = child.kill();
+            return Err(QemuNbdError::Hung { program: program.to_owned(), limit });
+        }
+        thread::sleep(POLL);
+    }
+    let output = child.wait_with_output().map_err(|e| run_error(program, e))?;
     if output.status.success() {
         return Ok(output);
     }
     let stderr = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
     Err(QemuNbdError::Failed { program: program.to_owned(), status: output.status.to_string(), stderr })
+}
+
+fn run_error(program: &Path, error: std::io::Error) -> QemuNbdError {
+    QemuNbdError::Run { program: program.to_owned(), source: Arc::new(error) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_hangs_is_given_up() {
+        let error = run_within(Duration::from_millis(50), Path::new("sleep"), ["1000"]).unwrap_err();
+        assert!(error.to_string().starts_with("sleep did not end within 0.05 s"), "{error}");
+        let output = run_within(RUN_LIMIT, Path::new("echo"), ["words"]).unwrap();
+        assert_eq!(output.stdout, b"words\n");
+    }
 }
