@@ -171,7 +171,7 @@ impl<'a> Rebuilt<'a> {
 }
 
 /// Reads some ranges of the snapshot and all that the diff calls data, and compares them with it.
-fn check_reads(source: &LibrbdSource, extents: &[Extent], new: &[u8], random: &mut random::Random) {
+fn check_reads(source: &LibrbdSource, extents: &[Extent], new: &[u8], random: &mut crate::random::Random) {
     let pool = BufferPool::new(8 << 20);
     let cancel = Cancel::new();
     let mut ranges: Vec<Range<u64>> =

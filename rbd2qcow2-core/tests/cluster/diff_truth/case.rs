@@ -3,10 +3,10 @@
 use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::rbd::{Granularity, Pool};
 
-use super::random::Random;
 use super::{Found, Pair, Rebuilt, check_reads, compare, open_pool};
 use crate::cluster::{TestCluster, say, unique_image};
 use crate::driver::{Driver, FULL_FEATURES, Layout, Spec};
+use crate::random::Random;
 
 pub(super) const KIB: u64 = 1 << 10;
 pub(super) const MIB: u64 = 1 << 20;
