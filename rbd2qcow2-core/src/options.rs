@@ -93,7 +93,7 @@ impl Default for BackupOptions {
             full: false,
             keep_snapshots: 1,
             rate_limit: None,
-            memory: 64 << 20,
+            memory: 48 << 20,
             dry_run: false,
             patience: Duration::from_secs(300),
             qemu_img: "qemu-img".into(),
