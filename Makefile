@@ -28,12 +28,9 @@ doc: ## Build the libraries' documentation
 fuzz-short: ## Run each fuzz target for FUZZ_SECONDS (20)
 	scripts/ci-checks fuzz
 
-# In memory, because a disk's moods drown the differences; with Ceph's own timing,
-# because that of a snapshot is a part of what is measured.
-bench: ## Run the benchmarks against a disposable cluster
+bench: ## Run the benchmarks, which need no Ceph
 	scripts/install-deps build test
-	dir=$$(mktemp -d -p "$$(test -w /dev/shm && echo /dev/shm || echo /tmp)") && \
-		scripts/ceph-cluster run "$$dir" --default-paxos -- cargo bench --workspace
+	cargo bench -p rbd2qcow2-benches
 
 clean: ## Remove everything that was built
 	cargo clean
