@@ -8,6 +8,7 @@
 //! The first error wins: it sets the stop flag and makes the layer refuse work, which ends every
 //! thread; all are joined before [`Copy::run`] returns.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::Scope;
@@ -44,6 +45,27 @@ pub enum CopyError {
     /// The layer failed.
     #[error(transparent)]
     Layer(#[from] LayerError),
+    /// The source broke the promises of [`RbdDiffSource`]. What it says cannot be relied on.
+    #[error("the source is defective: {what}, at bytes {}..{} of the image", range.start, range.end)]
+    Defective {
+        /// What it did.
+        what: &'static str,
+        /// Where.
+        range: Range<u64>,
+    },
+    /// Something was neither copied nor found unchanged, and nobody reported an error. The code is
+    /// wrong.
+    #[error("internal error: {scanned} of {size} bytes were compared and {read} of {to_read} were read")]
+    Incomplete {
+        /// Bytes that were dealt with.
+        scanned: u64,
+        /// Bytes of the snapshot.
+        size: u64,
+        /// Bytes that were read.
+        read: u64,
+        /// Bytes that had to be read.
+        to_read: u64,
+    },
     /// No buffer can hold a grain of the layer.
     #[error("{largest} bytes of memory are too little for a layer with a grain of {grain} bytes")]
     Memory {
@@ -77,7 +99,7 @@ pub struct Copy<'a> {
     pub rate_limit: Option<&'a RateLimit>,
     /// Reads in flight, at least 1.
     pub parallel: usize,
-    /// Is counted up.
+    /// Is counted up, from 0.
     pub progress: &'a Progress,
     /// Asks for a stop.
     pub cancel: &'a Cancel,
@@ -88,7 +110,7 @@ pub struct Copy<'a> {
 
 /// A part of the image to be compared.
 struct Segment {
-    range: std::ops::Range<u64>,
+    range: Range<u64>,
     digests: Option<SegmentDigests>,
 }
 
@@ -96,6 +118,12 @@ struct Segment {
 struct Block {
     extent: Extent,
     digests: Option<SegmentDigests>,
+}
+
+/// Whether an extent, which may be nonsense, is a part of `range`.
+fn lies_in(extent: &Extent, range: &Range<u64>) -> bool {
+    let end = extent.offset.checked_add(extent.length);
+    extent.length > 0 && extent.offset >= range.start && end.is_some_and(|end| end <= range.end)
 }
 
 /// What the threads of one run share.
@@ -147,7 +175,21 @@ impl Copy<'_> {
             // Set by the caller: threads went home early, and had no error to tell.
             return Err(CopyError::Cancelled);
         }
+        self.check_complete(size)?;
         Ok(Duration::from_nanos(run.diff_nanos.into_inner()))
+    }
+}
+
+impl Copy<'_> {
+    /// The books must balance. A backup that lacks a block without anybody knowing is the worst that
+    /// can happen, so what cannot happen is checked all the same.
+    fn check_complete(&self, size: u64) -> Result<(), CopyError> {
+        let Progress { scanned, read, to_read, .. } = self.progress;
+        let (scanned, read, to_read) = (scanned.get(), read.get(), to_read.get());
+        if scanned == size && read == to_read {
+            return Ok(());
+        }
+        Err(CopyError::Incomplete { scanned, size, read, to_read })
     }
 }
 
@@ -227,6 +269,7 @@ impl Run<'_> {
         let mut end = 0;
         for (sequence, range) in (0..).zip(self.copy.source.segments(self.copy.layer.grain())) {
             let range = range?;
+            self.check_segment(&range, end)?;
             progress.scanned.add(range.start - end);
             end = range.end;
             let digests = self.copy.digests.map(|digests| digests.segment(sequence));
@@ -236,6 +279,21 @@ impl Run<'_> {
         }
         progress.scanned.add(self.copy.source.size() - end);
         Ok(())
+    }
+
+    /// A segment out of place would have grains written twice, or not at all.
+    fn check_segment(&self, range: &Range<u64>, end: u64) -> Result<(), CopyError> {
+        let (grain, size) = (self.copy.layer.grain(), self.copy.source.size());
+        let what = match range {
+            range if range.start < end || range.is_empty() => "a segment that does not ascend",
+            range if range.end > size => "a segment that ends behind the image",
+            range if !range.start.is_multiple_of(grain) => "a segment that does not start at a grain",
+            range if !range.end.is_multiple_of(grain) && range.end != size => {
+                "a segment that does not end at a grain"
+            }
+            _ => return Ok(()),
+        };
+        Err(CopyError::Defective { what, range: range.clone() })
     }
 
     fn compare_segments(
@@ -251,8 +309,12 @@ impl Run<'_> {
             let length = range.end - range.start;
             let mut found = Vec::new();
             let asked = Instant::now();
-            source.diff(range, &mut found)?;
+            source.diff(range.clone(), &mut found)?;
             progress.diff_nanos.add_time(asked.elapsed());
+            if let Some(extent) = found.iter().find(|found| !lies_in(found, &range)) {
+                let what = "an extent outside of the segment that was asked about";
+                return Err(CopyError::Defective { what, range: extent.offset..extent.offset });
+            }
             self.count(&found);
             for extent in align(found, layer.grain(), source.size()) {
                 for extent in self.pieces(extent) {

@@ -238,6 +238,68 @@ fn the_padding_hides_what_a_larger_base_held() {
     }
 }
 
+/// A source of 1 MiB that gives the segments and the extents it is told to.
+struct Defective {
+    segments: Vec<Range<u64>>,
+    extents: Vec<Extent>,
+}
+
+impl RbdDiffSource for Defective {
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+
+    fn segments(&self, _align: u64) -> Box<dyn Iterator<Item = Result<Range<u64>, SourceError>> + Send + '_> {
+        Box::new(self.segments.iter().cloned().map(Ok))
+    }
+
+    fn diff(&self, _segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
+        found.extend(&self.extents);
+        Ok(())
+    }
+
+    fn read(&self, _offset: u64, buffer: &mut crate::buffer::Buffer) -> Result<(), SourceError> {
+        buffer.fill(7);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_source_that_breaks_its_promises_is_found_out() {
+    let extent = |offset, length| Extent { offset, length, kind: ExtentKind::Data };
+    let cases = [
+        (vec![4096..8192, 0..4096], vec![]),
+        (vec![0..8192, 4096..8192], vec![]),
+        (vec![4096..4096], vec![]),
+        (vec![0..5000], vec![]),
+        (vec![100..4096], vec![]),
+        (vec![0..(1 << 20) + 4096], vec![]),
+        (vec![0..4096], vec![extent(4096, 10)]),
+        (vec![4096..8192], vec![extent(4095, 10)]),
+        (vec![0..4096], vec![extent(0, 0)]),
+        (vec![0..4096], vec![extent(10, u64::MAX)]),
+    ];
+    for (segments, extents) in cases {
+        let what = format!("{segments:?} {extents:?}");
+        let source = Defective { segments, extents };
+        let (layer, cancel) = (MemoryLayer::new(1 << 20, 4096), Cancel::new());
+        let result = Copy {
+            source: &source,
+            layer: &layer,
+            root: true,
+            digests: None,
+            buffers: &BufferPool::new(256 << 10),
+            rate_limit: None,
+            parallel: 4,
+            progress: &Progress::default(),
+            cancel: &cancel,
+            stop: &cancel.part(),
+        }
+        .run();
+        assert!(matches!(result, Err(CopyError::Defective { .. })), "{what}: {result:?}");
+    }
+}
+
 #[test]
 fn an_image_of_no_bytes_is_copied() {
     let source = MemorySource::default();
