@@ -268,19 +268,20 @@ impl RbdDiffSource for Defective {
 fn a_source_that_breaks_its_promises_is_found_out() {
     let extent = |offset, length| Extent { offset, length, kind: ExtentKind::Data };
     let cases = [
-        (vec![4096..8192, 0..4096], vec![]),
-        (vec![0..8192, 4096..8192], vec![]),
-        (vec![4096..4096], vec![]),
-        (vec![0..5000], vec![]),
-        (vec![100..4096], vec![]),
-        (vec![0..(1 << 20) + 4096], vec![]),
-        (vec![0..4096], vec![extent(4096, 10)]),
-        (vec![4096..8192], vec![extent(4095, 10)]),
-        (vec![0..4096], vec![extent(0, 0)]),
-        (vec![0..4096], vec![extent(10, u64::MAX)]),
+        (vec![(4096, 8192), (0, 4096)], vec![]),
+        (vec![(0, 8192), (4096, 8192)], vec![]),
+        (vec![(4096, 4096)], vec![]),
+        (vec![(0, 5000)], vec![]),
+        (vec![(100, 4096)], vec![]),
+        (vec![(0, (1 << 20) + 4096)], vec![]),
+        (vec![(0, 4096)], vec![extent(4096, 10)]),
+        (vec![(4096, 8192)], vec![extent(4095, 10)]),
+        (vec![(0, 4096)], vec![extent(0, 0)]),
+        (vec![(0, 4096)], vec![extent(10, u64::MAX)]),
     ];
     for (segments, extents) in cases {
         let what = format!("{segments:?} {extents:?}");
+        let segments = segments.into_iter().map(|(start, end)| start..end).collect();
         let source = Defective { segments, extents };
         let (layer, cancel) = (MemoryLayer::new(1 << 20, 4096), Cancel::new());
         let result = Copy {
