@@ -317,7 +317,7 @@ fn a_damaged_chain_makes_room_for_a_new_one() {
                 fs::set_permissions(layer, fs::Permissions::from_mode(0o600)).expect("writable");
                 fs::write(layer, "not a layer at all").expect("written");
             },
-            "damaged",
+            "cannot be used: not a qcow2 file",
         ),
         (
             "the newest manifest is damaged",
