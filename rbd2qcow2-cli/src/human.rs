@@ -60,11 +60,6 @@ fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = String> 
     std::iter::successors(Some(error), |&error| error.source()).map(ToString::to_string)
 }
 
-/// The error and its causes on one line, joined by `: `.
-pub fn causes_line(error: &(dyn Error + 'static)) -> String {
-    causes(error).collect::<Vec<_>>().join(": ")
-}
-
 /// The error and its causes, one a line.
 pub fn causes_block(error: &(dyn Error + 'static)) -> String {
     let mut block = String::new();
@@ -109,7 +104,6 @@ mod tests {
     #[test]
     fn causes_are_told_once() {
         let error = Outer(io::Error::other("qemu-nbd said:\nno space\n"));
-        assert_eq!(causes_line(&error), "cannot write the layer: qemu-nbd said:\nno space\n");
         assert_eq!(causes_block(&error), "cannot write the layer\n  caused by: qemu-nbd said:\n    no space");
     }
 }

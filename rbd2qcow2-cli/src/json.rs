@@ -6,10 +6,9 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use rbd2qcow2_core::chain::PointKind;
+use rbd2qcow2_core::error::Causes;
 use rbd2qcow2_core::progress::{ImageReport, Status};
 use serde::Serialize;
-
-use crate::human;
 
 /// Writes one object a line, each as soon as it is known.
 #[derive(Debug)]
@@ -76,7 +75,7 @@ impl<'a> BackupLine<'a> {
             kind: report.kind.map(PointKind::as_str),
             status: report.status.as_str(),
             reason: report.reason.as_deref(),
-            error: report.error.as_deref().map(|error| human::causes_line(error)),
+            error: report.error.as_deref().map(|error| Causes(error).to_string()),
             file: report.file.as_deref().map(path),
             data_bytes: ok.then_some(report.data_bytes),
             zero_bytes: made(report.zero_bytes),

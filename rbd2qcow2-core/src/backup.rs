@@ -110,8 +110,12 @@ impl Backup<'_> {
             Err(error @ BackupError::Chain(ChainError::CommitUncertain { .. })) => {
                 report.error = Some(error.into());
             }
-            Err(_) if self.cancel.is_set() => report.error = Some(BackupError::Cancelled.into()),
-            Err(error) => report.error = Some(error.into()),
+            Err(error) => {
+                // It was named, but there is no such point.
+                report.point = None;
+                let error = if self.cancel.is_set() { BackupError::Cancelled } else { error };
+                report.error = Some(error.into());
+            }
         }
         report.time = start.elapsed();
         report

@@ -28,6 +28,7 @@ pub use error::ChainError;
 pub use manifest::{Manifest, Record};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};
 
+use crate::error::Causes;
 use crate::qcow2::header::{Header, HeaderError};
 use crate::qcow2::open_regular;
 use digests::DigestWriter;
@@ -401,7 +402,7 @@ impl Drop for PendingLayer<'_> {
         for path in &self.files {
             if let Err(error) = durable::remove(path) {
                 // The reason for the drop is reported by whoever dropped it.
-                log::warn!("{error}; the next run tries again");
+                log::warn!("{}; the next run tries again", Causes(&error));
             }
         }
     }

@@ -25,6 +25,7 @@ pub mod buffer;
 pub mod cancel;
 pub mod chain;
 pub mod copy;
+pub mod error;
 pub mod extent;
 pub mod layer;
 pub mod nbd;

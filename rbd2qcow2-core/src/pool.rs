@@ -103,6 +103,10 @@ impl PoolBackup {
         let fsid = cluster.fsid().map_err(failed)?;
         let pool = cluster.pool(&self.pool, &self.namespace).map_err(failed)?;
         let images = self.select(&pool, &exclude).map_err(failed)?;
+        if images.is_empty() {
+            // No failure: a pool may well be empty. But not what somebody expects who asks for a backup.
+            log::warn!("pool {:?} has no images to back up, or all are excluded", self.title());
+        }
         observer.selected(&images);
 
         let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));

@@ -124,6 +124,22 @@ fn wrong_names_are_told() {
 }
 
 #[test]
+fn a_run_without_images_is_told() {
+    let cluster = cluster_or_skip!("faults::a_run_without_images_is_told");
+    let rig = Rig::new(&cluster);
+    let mut command = program::command();
+    command
+        .arg("-c")
+        .arg(&cluster.conf)
+        .args(["-q", "backup", POOL])
+        .arg(rig.dest())
+        .args(["--exclude", "*"]);
+    let run = Running::start(command).wait();
+    assert_eq!((run.status, run.stdout.as_str()), (Some(0), ""), "{run:?}");
+    assert!(run.stderr.contains("no images to back up"), "{run:?}");
+}
+
+#[test]
 fn unusable_qemu_tools_are_told() {
     let cluster = cluster_or_skip!("faults::unusable_qemu_tools_are_told");
     let scene = Scene::new(&cluster, "tools");
@@ -301,7 +317,7 @@ fn a_damaged_chain_makes_room_for_a_new_one() {
                 fs::set_permissions(layer, fs::Permissions::from_mode(0o600)).expect("writable");
                 fs::write(layer, "not a layer at all").expect("written");
             },
-            "damaged",
+            "cannot be used: not a qcow2 file",
         ),
         (
             "the newest manifest is damaged",
@@ -417,6 +433,8 @@ fn signals_in_the_middle_of_a_copy() {
         assert_eq!(run.status, Some(130), "{run:?}");
         assert!(time < STOP_LIMIT, "{time:?}");
         assert!(run.stderr.contains("interrupted") && run.stdout.contains("interrupted"), "{run:?}");
+        let line: serde_json::Value = serde_json::from_str(&run.stdout).expect("JSON");
+        assert!(line["point"].is_null(), "a point that does not exist: {line}");
         assert_eq!(scene.rig.layers(&scene.image), points);
         scene.rig.assert_tidy(&scene.image);
         scene.rig.assert_only_the_newest_snapshot(&scene.image);

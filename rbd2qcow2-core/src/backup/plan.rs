@@ -4,6 +4,7 @@ use super::{Backup, BackupError};
 use crate::chain::catalogue::{Catalogue, Point, PointKind};
 use crate::chain::names::{ChainId, ImageName, PointName};
 use crate::chain::{ChainError, image_directory};
+use crate::error::Causes;
 use crate::layer::SECTOR;
 use crate::progress::{ImageReport, Status};
 use crate::rbd::{Granularity, Image, ImageInfo, Snapshot};
@@ -68,7 +69,7 @@ impl Backup<'_> {
         }
         let Some(newest) = catalogue.newest() else { return Ok(Plan::full(None)) };
         if let Err(problem) = catalogue.ancestry(newest.name) {
-            let reason = format!("the chain is damaged: {problem}");
+            let reason = format!("the chain is damaged: {}", Causes(&problem));
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }

@@ -9,6 +9,7 @@ use super::{Backup, BackupError, Plan};
 use crate::cancel::Cancel;
 use crate::chain::names::{ChainId, SnapshotName};
 use crate::chain::{Announcement, ChainWriter};
+use crate::error::Causes;
 use crate::rbd::{Image, Patience, Pool, RbdError, Snapshot};
 use crate::source::librbd::LibrbdSource;
 
@@ -73,16 +74,17 @@ impl Drop for NewSnapshot<'_> {
             // Without the image there is no snapshot either.
             Err(error) if !error.is_not_found() => {
                 log::warn!(
-                    "{}: snapshot {} stays for now, the next backup of this image removes it: {error}",
+                    "{}: snapshot {} stays for now, the next backup of this image removes it: {}",
                     self.image,
-                    self.name
+                    self.name,
+                    Causes(&error)
                 );
             }
             // There being none now says nothing of later: only the note leads the next run to it.
             _ if self.unanswered.get() => {}
             _ => {
                 if let Err(error) = self.chain.clear_announcement() {
-                    log::warn!("{error}; the next backup of this image tries again");
+                    log::warn!("{}; the next backup of this image tries again", Causes(&error));
                 }
             }
         }
@@ -195,10 +197,10 @@ impl Backup<'_> {
             Ok(())
         });
         if let Err(error) = result {
-            log::warn!("{}: {error}; the point is safe, the next backup tries again", self.image);
+            log::warn!("{}: {}; the point is safe, the next backup tries again", self.image, Causes(&error));
         }
         if let Err(error) = chain.clear_announcement() {
-            log::warn!("{}: {error}; the point is safe", self.image);
+            log::warn!("{}: {}; the point is safe", self.image, Causes(&error));
         }
     }
 }
