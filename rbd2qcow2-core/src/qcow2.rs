@@ -5,7 +5,9 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+pub mod compressed;
 pub mod header;
+pub mod table;
 
 /// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
 /// not followed, a pipe is not waited for. `None` for whatever is no regular file.
