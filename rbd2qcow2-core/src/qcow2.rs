@@ -1,13 +1,14 @@
 //! The qcow2 file format, as described in QEMU's `docs/interop/qcow2.txt`.
 //!
 //! [`header`] and [`table`] are the format as types, which exist only once their content was checked.
-//! [`layer`] reads one file.
+//! [`layer`] reads one file, [`chain`] a whole restore point.
 
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+pub mod chain;
 pub mod compressed;
 pub mod error;
 pub mod file;
