@@ -1,11 +1,22 @@
 //! The qcow2 file format, as described in QEMU's `docs/interop/qcow2.txt`.
+//!
+//! [`header`] and [`table`] are the format as types, which exist only once their content was checked.
+//! [`layer`] reads one file, [`chain`] a whole restore point.
 
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+pub mod chain;
+pub mod compressed;
+pub mod error;
+pub mod file;
 pub mod header;
+pub mod layer;
+pub mod table;
+#[cfg(test)]
+pub(crate) mod testing;
 
 /// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
 /// not followed, a pipe is not waited for. `None` for whatever is no regular file.

@@ -1,0 +1,182 @@
+//! Unpacking compressed clusters.
+
+use flate2::{Decompress, FlushDecompress, Status};
+
+use super::header::CompressionType;
+
+/// Why packed data are not a cluster.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnpackError {
+    /// They are no stream of the file's compression type, or a damaged one.
+    #[error("the packed data are damaged: {0}")]
+    Damaged(String),
+    /// The stream goes on behind the space that it has in the file.
+    #[error("the packed data are cut off")]
+    CutOff,
+    /// They unpack to less than a cluster.
+    #[error("the packed data hold {found} bytes instead of a cluster of {expected}")]
+    Short {
+        /// What they hold.
+        found: usize,
+        /// The cluster size.
+        expected: usize,
+    },
+    /// They unpack to more than a cluster.
+    #[error("the packed data hold more than a cluster of {expected} bytes")]
+    Long {
+        /// The cluster size.
+        expected: usize,
+    },
+}
+
+/// Unpacks the stream at the beginning of `packed` into all of `cluster`. What follows the stream is
+/// ignored: where it ends is not recorded in the file.
+///
+/// Memory is bounded: whatever the stream says, no more than `cluster` and the decoder's fixed state
+/// (some 100 KiB) is used.
+///
+/// # Errors
+/// Every [`UnpackError`].
+pub fn unpack(kind: CompressionType, packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+    match kind {
+        CompressionType::Zlib => inflate(packed, cluster),
+        CompressionType::Zstd => unpack_zstd(packed, cluster),
+    }
+}
+
+fn inflate(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+    let expected = cluster.len();
+    // Raw deflate with any window; QEMU writes one of 4 KiB.
+    let mut stream = Decompress::new(false);
+    let (mut used, mut found) = (0, 0);
+    loop {
+        // Behind the cluster only the mark of the end may follow: room for one byte more tells it
+        // from data.
+        let mut excess = [0];
+        let room = if found < expected { &mut cluster[found..] } else { &mut excess[..] };
+        let status = stream
+            .decompress(&packed[used..], room, FlushDecompress::None)
+            .map_err(|error| UnpackError::Damaged(error.to_string()))?;
+        let before = (used, found);
+        // Held by the lengths of the slices, so both fit.
+        used = usize::try_from(stream.total_in()).unwrap_or(packed.len());
+        found = usize::try_from(stream.total_out()).unwrap_or(usize::MAX);
+        if found > expected {
+            return Err(UnpackError::Long { expected });
+        }
+        match status {
+            Status::StreamEnd if found == expected => return Ok(()),
+            Status::StreamEnd => return Err(UnpackError::Short { found, expected }),
+            Status::Ok | Status::BufError if (used, found) == before => return Err(UnpackError::CutOff),
+            Status::Ok | Status::BufError => {}
+        }
+    }
+}
+
+/// QEMU allows for several frames, so this does too.
+fn unpack_zstd(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+    let expected = cluster.len();
+    let damaged = |error: std::io::Error| UnpackError::Damaged(error.to_string());
+    // Frame by frame into the cluster itself: a streaming decoder would first allocate the window
+    // that the frame asks for.
+    let mut decoder = zstd::bulk::Decompressor::new().map_err(damaged)?;
+    let (mut rest, mut found) = (packed, 0);
+    while found < expected {
+        if rest.is_empty() {
+            return Err(UnpackError::Short { found, expected });
+        }
+        let length = zstd::zstd_safe::find_frame_compressed_size(rest)
+            .map_err(|code| UnpackError::Damaged(zstd::zstd_safe::get_error_name(code).to_owned()))?;
+        let (frame, behind) = rest.split_at_checked(length).ok_or(UnpackError::CutOff)?;
+        let room = &mut cluster[found..];
+        if zstd::zstd_safe::get_frame_content_size(frame)
+            .is_ok_and(|size| size.is_some_and(|size| size > room.len() as u64))
+        {
+            return Err(UnpackError::Long { expected });
+        }
+        found += decoder.decompress_to_buffer(frame, room).map_err(damaged)?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn deflate(data: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::new(6));
+        encoder.write_all(data).expect("memory");
+        encoder.finish().expect("memory")
+    }
+
+    fn pack(kind: CompressionType, data: &[u8]) -> Vec<u8> {
+        match kind {
+            CompressionType::Zlib => deflate(data),
+            CompressionType::Zstd => zstd::bulk::compress(data, 3).expect("memory"),
+        }
+    }
+
+    /// Something that compresses, but not to nothing.
+    fn sample(length: usize) -> Vec<u8> {
+        (0..length).map(|index| u8::try_from((index * index / 7) % 251).expect("below 251")).collect()
+    }
+
+    const BOTH: [CompressionType; 2] = [CompressionType::Zlib, CompressionType::Zstd];
+
+    #[test]
+    fn a_cluster_is_unpacked_whatever_follows() {
+        for kind in BOTH {
+            let data = sample(65536);
+            let mut packed = pack(kind, &data);
+            packed.extend([0xa5; 300]);
+            let mut cluster = vec![0; data.len()];
+            assert_eq!(unpack(kind, &packed, &mut cluster), Ok(()));
+            assert!(cluster == data);
+        }
+    }
+
+    #[test]
+    fn less_and_more_than_a_cluster_are_errors() {
+        for kind in BOTH {
+            for length in [0, 1, 4095, 4097, 100 << 20] {
+                let packed = pack(kind, &vec![0; length]);
+                let error = unpack(kind, &packed, &mut [0; 4096]).expect_err("no cluster");
+                let expected = match length {
+                    0..4096 => UnpackError::Short { found: length, expected: 4096 },
+                    _ => UnpackError::Long { expected: 4096 },
+                };
+                assert_eq!(error, expected, "{kind:?}, {length}");
+            }
+        }
+    }
+
+    #[test]
+    fn several_frames_make_a_cluster() {
+        let data = sample(8192);
+        let mut packed = pack(CompressionType::Zstd, &data[..1000]);
+        packed.extend(pack(CompressionType::Zstd, &data[1000..]));
+        let mut cluster = vec![0; data.len()];
+        assert_eq!(unpack(CompressionType::Zstd, &packed, &mut cluster), Ok(()));
+        assert!(cluster == data);
+    }
+
+    #[test]
+    fn every_cut_and_every_changed_byte_ends_in_a_result() {
+        for kind in BOTH {
+            let packed = pack(kind, &sample(4096));
+            let mut cluster = [0; 4096];
+            for length in 0..packed.len() {
+                assert!(unpack(kind, &packed[..length], &mut cluster).is_err(), "{kind:?}, {length}");
+            }
+            for index in 0..packed.len() {
+                let mut changed = packed.clone();
+                changed[index] ^= 0x55;
+                let _ = unpack(kind, &changed, &mut cluster);
+            }
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What can be wrong with a layer or a chain that is read.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::compressed::UnpackError;
+use super::header::HeaderError;
+use super::table::{EntryFault, GuestOffset, HostOffset};
+
+/// Why a layer or chain could not be read. Whatever was read meanwhile must not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ReadError {
+    /// The header was not accepted, or speaks against reading the file.
+    #[error("cannot open the layer {}", path.display())]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        cause: HeaderError,
+    },
+    /// The file could not be read.
+    #[error("cannot read the layer {} at {host}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Where, in the file.
+        host: HostOffset,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// The file has become shorter since it was opened.
+    #[error("the layer {} became shorter while it was read: nothing is left at {host}", path.display())]
+    Shrunk {
+        /// The file.
+        path: PathBuf,
+        /// Where something was missing.
+        host: HostOffset,
+    },
+    /// An entry of the L1 table is invalid.
+    #[error("the layer {} is damaged: entry {index} of its L1 table (guest offset {guest})", path.display())]
+    L1Entry {
+        /// The file.
+        path: PathBuf,
+        /// Which entry.
+        index: u64,
+        /// First byte that the entry describes.
+        guest: GuestOffset,
+        /// What is wrong with it.
+        #[source]
+        fault: EntryFault,
+    },
+    /// An entry of an L2 table is invalid.
+    #[error(
+        "the layer {} is damaged: entry {index} of the L2 table at {table} (guest offset {guest})",
+        path.display()
+    )]
+    L2Entry {
+        /// The file.
+        path: PathBuf,
+        /// Where the table lies in the file.
+        table: HostOffset,
+        /// Which entry.
+        index: u64,
+        /// First byte that the entry describes.
+        guest: GuestOffset,
+        /// What is wrong with it.
+        #[source]
+        fault: EntryFault,
+    },
+    /// A compressed cluster cannot be unpacked.
+    #[error(
+        "the layer {} is damaged: its compressed cluster at {host} (guest offset {guest})",
+        path.display()
+    )]
+    Compressed {
+        /// The file.
+        path: PathBuf,
+        /// First byte of the cluster, as the guest sees it.
+        guest: GuestOffset,
+        /// Where the packed data lie in the file.
+        host: HostOffset,
+        /// What is wrong with them.
+        #[source]
+        cause: UnpackError,
+    },
+    /// More was asked for than the image has. An error of the caller.
+    #[error("{length} bytes at {offset} of an image of {virtual_size} bytes")]
+    OutOfRange {
+        /// First byte that was asked for.
+        offset: GuestOffset,
+        /// How many bytes were asked for.
+        length: u64,
+        /// What the image has.
+        virtual_size: u64,
+    },
+    /// The chain's files do not build upon each other as they were given.
+    #[error(
+        "the layer {} builds upon {}, but the chain goes on with {}",
+        path.display(),
+        named.as_deref().unwrap_or("nothing"),
+        given.as_deref().unwrap_or("nothing")
+    )]
+    Backing {
+        /// The file.
+        path: PathBuf,
+        /// The name in its header, if any.
+        named: Option<String>,
+        /// The name of the file that was given as the one below, if any.
+        given: Option<String>,
+    },
+    /// A chain of no files. An error of the caller.
+    #[error("a chain needs at least one layer")]
+    NoLayers,
+}
