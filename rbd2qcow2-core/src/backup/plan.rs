@@ -55,9 +55,6 @@ impl Plan {
     pub(super) fn tell(&self, report: &mut ImageReport) {
         report.kind = Some(if self.base.is_some() { PointKind::Incremental } else { PointKind::Full });
         report.reason.clone_from(&self.reason);
-        if let Some(reason) = &self.reason {
-            log::info!("{}: full backup, because {reason}", report.image);
-        }
     }
 }
 
