@@ -115,18 +115,29 @@ fn copy(
     layer: &MemoryLayer,
     cancel: &Cancel,
 ) -> (Result<Duration, CopyError>, Progress) {
+    copy_until(source, source.base.is_none(), layer, cancel, &cancel.part())
+}
+
+/// Copies with a stop flag of the caller's.
+fn copy_until(
+    source: &dyn RbdDiffSource,
+    root: bool,
+    layer: &MemoryLayer,
+    cancel: &Cancel,
+    stop: &Cancel,
+) -> (Result<Duration, CopyError>, Progress) {
     let progress = Progress::default();
     let result = Copy {
         source,
         layer,
-        root: source.base.is_none(),
+        root,
         digests: None,
         buffers: &BufferPool::new(256 << 10),
         rate_limit: None,
         parallel: 4,
         progress: &progress,
         cancel,
-        stop: &cancel.part(),
+        stop,
     }
     .run();
     (result, progress)
@@ -205,20 +216,7 @@ fn a_stop_that_nobody_explains_is_no_success() {
     let (source, layer, cancel) = (full(), MemoryLayer::new(1 << 20, 4096), Cancel::new());
     let stop = cancel.part();
     stop.set();
-    let error = Copy {
-        source: &source,
-        layer: &layer,
-        root: true,
-        digests: None,
-        buffers: &BufferPool::new(256 << 10),
-        rate_limit: None,
-        parallel: 4,
-        progress: &Progress::default(),
-        cancel: &cancel,
-        stop: &stop,
-    }
-    .run()
-    .unwrap_err();
+    let error = copy_until(&source, true, &layer, &cancel, &stop).0.unwrap_err();
     assert!(matches!(error, CopyError::Cancelled), "{error}");
 }
 
@@ -284,19 +282,7 @@ fn a_source_that_breaks_its_promises_is_found_out() {
         let segments = segments.into_iter().map(|(start, end)| start..end).collect();
         let source = Defective { segments, extents };
         let (layer, cancel) = (MemoryLayer::new(1 << 20, 4096), Cancel::new());
-        let result = Copy {
-            source: &source,
-            layer: &layer,
-            root: true,
-            digests: None,
-            buffers: &BufferPool::new(256 << 10),
-            rate_limit: None,
-            parallel: 4,
-            progress: &Progress::default(),
-            cancel: &cancel,
-            stop: &cancel.part(),
-        }
-        .run();
+        let result = copy_until(&source, true, &layer, &cancel, &cancel.part()).0;
         assert!(matches!(result, Err(CopyError::Defective { .. })), "{what}: {result:?}");
     }
 }
