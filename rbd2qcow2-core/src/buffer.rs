@@ -123,7 +123,7 @@ impl BufferPool {
 /// Bytes out of a [`BufferPool`], to which they return on drop.
 #[derive(Debug)]
 pub struct Buffer {
-    /// `None` while the bytes are lent out, and in what [`Buffer::take`] leaves behind.
+    /// `None` while the bytes are lent out.
     allocation: Option<Allocation>,
     /// Bytes of the lent allocation, which count in the pool until this is dropped.
     lent: usize,
@@ -156,13 +156,6 @@ impl DerefMut for Lent {
 }
 
 impl Buffer {
-    /// Moves the bytes out, into a buffer of their own, and leaves an empty one behind.
-    #[must_use]
-    pub fn take(&mut self) -> Buffer {
-        let empty = Buffer { allocation: None, lent: 0, length: 0, pool: self.pool.clone() };
-        std::mem::replace(self, empty)
-    }
-
     /// Hands the bytes out, and keeps their place in the pool. The buffer is empty until they are
     /// [given back](Self::take_back).
     #[must_use]

@@ -46,13 +46,13 @@ extern "C" fn finished(completion: rbd_completion_t, state: *mut c_void) {
 }
 
 impl Image {
-    /// Fills `buffer` from `offset` on and gives it back. Blocks, at most as long as the pool's
-    /// patience. When the read is given up, librbd keeps the bytes until it answers, but they no
-    /// longer count in the buffer's pool.
+    /// Fills `buffer` from `offset` on. Blocks, at most as long as the pool's patience. When the read
+    /// is given up, the buffer is left empty: librbd keeps the bytes until it answers, but they no
+    /// longer count in the buffer's pool once the buffer is dropped.
     ///
     /// # Errors
     /// [`RbdError::Failed`], [`RbdError::ShortRead`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
-    pub fn read(&self, offset: u64, mut buffer: Buffer) -> Result<Buffer, RbdError> {
+    pub fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), RbdError> {
         let length = buffer.len();
         let what = || format!("read {length} bytes at offset {offset} of {}", self.title());
         let state = Arc::new(InFlight {
@@ -65,7 +65,7 @@ impl Image {
         // SAFETY: `result` is set, so librbd is done with the buffer.
         buffer.take_back(std::mem::take(unsafe { &mut *state.buffer.get() }));
         match usize::try_from(got) {
-            Ok(got) if got == length => Ok(buffer),
+            Ok(got) if got == length => Ok(()),
             Ok(got) => Err(RbdError::ShortRead { what: what(), got }),
             Err(_) => Err(RbdError::failed(what(), c_int::try_from(got).unwrap_or(c_int::MIN + 1))),
         }

@@ -228,12 +228,11 @@ impl RbdDiffSource for LibrbdSource {
 
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
         let length = buffer.len();
-        *buffer = self.image.read(offset, buffer.take()).map_err(|cause| SourceError::Read {
+        self.image.read(offset, buffer).map_err(|cause| SourceError::Read {
             offset,
             length,
             cause: cause.into(),
-        })?;
-        Ok(())
+        })
     }
 }
 

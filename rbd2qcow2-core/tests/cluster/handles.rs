@@ -25,8 +25,8 @@ fn open_pool(cluster: &TestCluster) -> Pool {
 }
 
 fn read(image: &Image, offset: u64, length: usize) -> Result<Vec<u8>, RbdError> {
-    let buffer = BufferPool::new(length.next_power_of_two()).get(length, &Cancel::new()).unwrap();
-    image.read(offset, buffer).map(|buffer| buffer.to_vec())
+    let mut buffer = BufferPool::new(length.next_power_of_two()).get(length, &Cancel::new()).unwrap();
+    image.read(offset, &mut buffer).map(|()| buffer.to_vec())
 }
 
 // --- What they tell
