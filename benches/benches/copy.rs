@@ -5,14 +5,13 @@ use std::hint::black_box;
 use std::ops::Range;
 use std::path::Path;
 
-use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rbd2qcow2_core::buffer::{Buffer, BufferPool};
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::extent::{Extent, ExtentKind, is_zero};
 use rbd2qcow2_core::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions};
-use rbd2qcow2_core::layer::{Compression, LayerError, LayerSpec, LayerWriter};
+use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::{RbdDiffSource, SourceError};
 
@@ -71,13 +70,17 @@ impl LayerWriter for Null {
         4096
     }
 
-    fn write(&self, _offset: u64, data: Bytes) -> Result<(), LayerError> {
-        drop(black_box(data));
-        Ok(())
+    fn unit(&self) -> u64 {
+        4096
     }
 
-    fn write_zeroes(&self, _range: Range<u64>) -> Result<(), LayerError> {
-        Ok(())
+    fn wants_whole_units(&self) -> bool {
+        false
+    }
+
+    fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
+        drop(black_box(patch.data));
+        Ok(patch.pieces)
     }
 
     fn abort(&self) {}
@@ -143,6 +146,7 @@ fn layer(path: &Path) -> QemuNbdLayer {
         backing: None,
         cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
         compression: Compression::None,
+        extended_l2: ExtendedL2::Auto,
     };
     QemuNbdLayer::create(&spec, QemuNbdOptions::default()).expect("qemu-img and qemu-nbd are installed")
 }

@@ -228,6 +228,7 @@ impl Backup<'_> {
             backing: pending.backing_name(),
             cluster_size,
             compression: self.options.compression,
+            extended_l2: self.options.extended_l2,
         };
         let options = QemuNbdOptions { tools: self.tools.clone(), ..QemuNbdOptions::default() };
         Ok(QemuNbdLayer::create(&spec, options)?)

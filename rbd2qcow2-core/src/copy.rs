@@ -14,19 +14,17 @@ use std::sync::{Mutex, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender};
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 use crate::chain::digests::{DigestWriter, SegmentDigests};
-use crate::extent::{Extent, ExtentKind, align, align_up, runs};
-use crate::layer::{LayerError, LayerWriter, SECTOR};
+use crate::extent::{Extent, ExtentKind, align, align_down, align_up, bundles, runs};
+use crate::layer::{LayerError, LayerWriter, Patch, SECTOR};
 use crate::progress::Progress;
 use crate::rate::RateLimit;
 use crate::source::{RbdDiffSource, SourceError};
-
-#[cfg(test)]
-mod tests;
 
 /// Threads that compare segments. Eight keep OSDs busy that answer one request per object.
 const DIFF_THREADS: usize = 8;
@@ -66,11 +64,11 @@ pub enum CopyError {
         /// Bytes that had to be read.
         to_read: u64,
     },
-    /// No buffer can hold a grain of the layer.
-    #[error("{largest} bytes of memory are too little for a layer with a grain of {grain} bytes")]
+    /// No buffer can hold a unit of the layer.
+    #[error("{largest} bytes of memory are too little for a layer that is written {unit} bytes at a time")]
     Memory {
-        /// The layer's grain in bytes.
-        grain: u64,
+        /// The layer's unit in bytes.
+        unit: u64,
         /// The largest buffer in bytes.
         largest: u64,
     },
@@ -114,9 +112,11 @@ struct Segment {
     digests: Option<SegmentDigests>,
 }
 
-/// Whole grains to be copied, no more than a buffer holds.
+/// What changed in some units of the layer, wholly: see [`bundles`].
 struct Block {
-    extent: Extent,
+    pieces: Vec<Extent>,
+    /// What is to be read for it, no more than a buffer holds. Empty where nothing is data.
+    read: Range<u64>,
     digests: Option<SegmentDigests>,
 }
 
@@ -151,14 +151,14 @@ impl Copy<'_> {
         let size = self.source.size();
         self.progress.size.add(size);
         let largest = self.buffers.largest() as u64;
-        let grain = self.layer.grain();
-        if grain > largest {
-            return Err(CopyError::Memory { grain, largest });
+        let unit = self.layer.unit();
+        if unit > largest {
+            return Err(CopyError::Memory { unit, largest });
         }
         let run = Run {
             copy: *self,
-            // A grain is never split.
-            block: BLOCK.min(largest).max(grain),
+            // A unit is never split.
+            block: BLOCK.min(largest).max(unit),
             start: Instant::now(),
             diff_nanos: AtomicU64::new(0),
             failure: Mutex::new(None),
@@ -267,7 +267,7 @@ impl Run<'_> {
     fn find_segments(&self, segments: &Sender<Segment>) -> Result<(), CopyError> {
         let progress = self.copy.progress;
         let mut end = 0;
-        for (sequence, range) in (0..).zip(self.copy.source.segments(self.copy.layer.grain())) {
+        for (sequence, range) in (0..).zip(self.copy.source.segments(self.copy.layer.unit())) {
             let range = range?;
             self.check_segment(&range, end)?;
             progress.scanned.add(range.start - end);
@@ -283,13 +283,13 @@ impl Run<'_> {
 
     /// A segment out of place would have grains written twice, or not at all.
     fn check_segment(&self, range: &Range<u64>, end: u64) -> Result<(), CopyError> {
-        let (grain, size) = (self.copy.layer.grain(), self.copy.source.size());
+        let (unit, size) = (self.copy.layer.unit(), self.copy.source.size());
         let what = match range {
             range if range.start < end || range.is_empty() => "a segment that does not ascend",
             range if range.end > size => "a segment that ends behind the image",
-            range if !range.start.is_multiple_of(grain) => "a segment that does not start at a grain",
-            range if !range.end.is_multiple_of(grain) && range.end != size => {
-                "a segment that does not end at a grain"
+            range if !range.start.is_multiple_of(unit) => "a segment that does not start as it was asked to",
+            range if !range.end.is_multiple_of(unit) && range.end != size => {
+                "a segment that does not end as it was asked to"
             }
             _ => return Ok(()),
         };
@@ -316,11 +316,12 @@ impl Run<'_> {
                 return Err(CopyError::Defective { what, range: extent.offset..extent.offset });
             }
             self.count(&found);
-            for extent in align(found, layer.grain(), source.size()) {
-                for extent in self.pieces(extent) {
-                    if self.send(blocks, Block { extent, digests: digests.clone() }).is_err() {
-                        return Ok(());
-                    }
+            let aligned = align(found, layer.grain(), source.size());
+            for pieces in bundles(aligned, layer.unit(), self.block) {
+                let read = self.to_read(&pieces);
+                progress.to_read.add(read.end - read.start);
+                if self.send(blocks, Block { pieces, read, digests: digests.clone() }).is_err() {
+                    return Ok(());
                 }
             }
             progress.scanned.add(length);
@@ -351,97 +352,111 @@ impl Run<'_> {
         }
     }
 
-    /// An extent in blocks: data as much as fits a buffer, zeroes as they are.
-    fn pieces(&self, extent: Extent) -> impl Iterator<Item = Extent> {
-        let block = match extent.kind {
-            ExtentKind::Data => self.block,
-            ExtentKind::Zero => 1 << 63,
-        };
-        if extent.kind == ExtentKind::Data {
-            self.copy.progress.to_read.add(extent.length);
+    /// What must be read of the snapshot for a bundle of pieces. One read, even where there are gaps:
+    /// they are shorter than a unit, and less to the cluster than another request.
+    fn to_read(&self, pieces: &[Extent]) -> Range<u64> {
+        let mut data = pieces.iter().filter(|piece| piece.kind == ExtentKind::Data);
+        let Some(first) = data.next() else { return 0..0 };
+        let (start, end) = (first.offset, data.next_back().unwrap_or(first).end());
+        if !self.copy.layer.wants_whole_units() {
+            return start..end;
         }
-        extent.split(block)
+        let unit = self.copy.layer.unit();
+        align_down(start, unit)..align_up(end, unit).min(self.copy.source.size())
     }
 
     fn copy_blocks(&self, blocks: &Receiver<Block>) -> Result<(), CopyError> {
-        for Block { extent, digests } in blocks {
+        for block in blocks {
             if self.copy.stop.is_set() {
                 return Ok(());
             }
-            match extent.kind {
-                ExtentKind::Zero => {
-                    self.write_zeroes(extent.offset, self.padded(&extent), digests.as_ref())?
-                }
-                ExtentKind::Data => self.copy_data(&extent, digests.as_ref())?,
+            let Some(data) = self.read(&block.read)? else { return Ok(()) };
+            let patch = self.patch(block.pieces, block.read.start, data);
+            if !patch.pieces.is_empty() {
+                self.hand_over(patch, block.digests.as_ref())?;
             }
         }
         Ok(())
     }
 
-    /// Length of an extent in the layer, whose size is the image's rounded up to sectors.
-    fn padded(&self, extent: &Extent) -> u64 {
-        let end = extent.end();
-        let size = self.copy.source.size();
-        if end == size { align_up(end, SECTOR) - extent.offset } else { extent.length }
+    /// End of a range in the layer, whose size is the image's rounded up to sectors.
+    fn padded(&self, end: u64) -> u64 {
+        if end == self.copy.source.size() { align_up(end, SECTOR) } else { end }
     }
 
-    fn copy_data(&self, extent: &Extent, digests: Option<&SegmentDigests>) -> Result<(), CopyError> {
+    /// Reads a range, with zeroes behind the image's end. `None` when the run is to stop.
+    fn read(&self, range: &Range<u64>) -> Result<Option<Bytes>, CopyError> {
         let Copy { source, buffers, progress, stop, .. } = self.copy;
-        // Blocks are no longer than a buffer, which is no longer than memory.
-        let index = |length: u64| usize::try_from(length).unwrap_or(usize::MAX);
-        let padded = index(self.padded(extent));
-        if let Some(limit) = self.copy.rate_limit {
-            limit.take(extent.length, stop);
+        if range.is_empty() {
+            return Ok(Some(Bytes::new()));
         }
-        let Some(mut buffer) = buffers.get(padded, stop) else { return Ok(()) };
-        buffer.resize(index(extent.length));
+        let length = range.end - range.start;
+        let padded = index(self.padded(range.end) - range.start);
+        if let Some(limit) = self.copy.rate_limit {
+            limit.take(length, stop);
+        }
+        let Some(mut buffer) = buffers.get(padded, stop) else { return Ok(None) };
+        buffer.resize(index(length));
         let asked = Instant::now();
-        source.read(extent.offset, &mut buffer)?;
+        source.read(range.start, &mut buffer)?;
         progress.read_nanos.add_time(asked.elapsed());
-        progress.read.add(extent.length);
+        progress.read.add(length);
         buffer.resize(padded);
+        Ok(Some(buffer.freeze()))
+    }
 
-        let bytes = buffer.freeze();
-        for (range, kind) in runs(&bytes, index(self.copy.layer.grain())) {
-            let offset = extent.offset + range.start as u64;
-            match kind {
-                ExtentKind::Zero => self.write_zeroes(offset, range.len() as u64, digests)?,
+    /// Finds out what of the data are zeroes. A root has no use for them.
+    fn patch(&self, changed: Vec<Extent>, offset: u64, data: Bytes) -> Patch {
+        let grain = index(self.copy.layer.grain());
+        let mut pieces = Vec::with_capacity(changed.len());
+        for mut piece in changed {
+            piece.length = self.padded(piece.end()) - piece.offset;
+            if piece.kind == ExtentKind::Zero {
+                pieces.push(piece);
+                continue;
+            }
+            let from = index(piece.offset - offset);
+            let found = runs(&data[from..from + index(piece.length)], grain);
+            pieces.extend(found.map(|(range, kind)| Extent {
+                offset: piece.offset + range.start as u64,
+                length: range.len() as u64,
+                kind,
+            }));
+        }
+        pieces.retain(|piece| piece.kind == ExtentKind::Data || !self.copy.root);
+        Patch { offset, data, pieces }
+    }
+
+    /// Hands a patch to the layer, and takes the digests of what that holds of it.
+    fn hand_over(&self, patch: Patch, digests: Option<&SegmentDigests>) -> Result<(), CopyError> {
+        let progress = self.copy.progress;
+        let asked = Instant::now();
+        let held = self.copy.layer.write(patch.clone())?;
+        progress.write_nanos.add_time(asked.elapsed());
+        for extent in held {
+            match extent.kind {
                 ExtentKind::Data => {
-                    let data = bytes.slice(range);
+                    progress.data.add(extent.length);
                     if let Some(digests) = digests {
-                        digests.add(offset, &data);
+                        digests.add(extent.offset, &patch.bytes(&extent));
                     }
-                    progress.data.add(data.len() as u64);
-                    self.hand_over(|layer| layer.write(offset, data))?;
+                }
+                ExtentKind::Zero => {
+                    progress.zero.add(extent.length);
+                    if let Some(digests) = digests {
+                        digests.add_zero(extent.range());
+                    }
                 }
             }
         }
-        Ok(())
-    }
-
-    fn write_zeroes(
-        &self,
-        offset: u64,
-        length: u64,
-        digests: Option<&SegmentDigests>,
-    ) -> Result<(), CopyError> {
-        if self.copy.root {
-            return Ok(());
-        }
-        if let Some(digests) = digests {
-            digests.add_zero(offset..offset + length);
-        }
-        self.copy.progress.zero.add(length);
-        self.hand_over(|layer| layer.write_zeroes(offset..offset + length))
-    }
-
-    fn hand_over(
-        &self,
-        call: impl FnOnce(&dyn LayerWriter) -> Result<(), LayerError>,
-    ) -> Result<(), CopyError> {
-        let asked = Instant::now();
-        call(self.copy.layer)?;
-        self.copy.progress.write_nanos.add_time(asked.elapsed());
         Ok(())
     }
 }
+
+/// Lengths of what fits a buffer, and grains: in memory.
+fn index(length: u64) -> usize {
+    usize::try_from(length).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests;

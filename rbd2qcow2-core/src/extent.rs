@@ -97,6 +97,38 @@ pub fn align(mut extents: Vec<Extent>, grain: u64, size: u64) -> Vec<Extent> {
     coalesce(aligned)
 }
 
+/// Gathers aligned extents (as [`align`] returns them) so that those that touch the same unit are
+/// together, and no more than that: data are cut at the multiples of `block`, zeroes only where a
+/// unit's data require it, so zeroes that fill whole units come alone, whatever their length.
+///
+/// `unit` and `block` are powers of two, `unit` no more than `block`. What lies in one bundle that
+/// holds data lies in one block.
+pub fn bundles(extents: Vec<Extent>, unit: u64, block: u64) -> impl Iterator<Item = Vec<Extent>> {
+    let mut pieces = extents.into_iter().flat_map(move |extent| pieces(extent, unit, block)).peekable();
+    std::iter::from_fn(move || {
+        let mut bundle = vec![pieces.next()?];
+        while let (Some(last), Some(next)) = (bundle.last(), pieces.peek())
+            && align_down(last.end() - 1, unit) == align_down(next.offset, unit)
+        {
+            bundle.push(*next);
+            pieces.next();
+        }
+        Some(bundle)
+    })
+}
+
+/// Data in blocks; of zeroes the part of a unit at the start, the whole units, and the part at the
+/// end.
+fn pieces(extent: Extent, unit: u64, block: u64) -> Vec<Extent> {
+    if extent.kind == ExtentKind::Data {
+        return extent.split(block).collect();
+    }
+    let first = align_up(extent.offset, unit).min(extent.end());
+    let last = align_down(extent.end(), unit).max(first);
+    let parts = [extent.offset..first, first..last, last..extent.end()];
+    parts.into_iter().filter_map(|range| Extent::new(range, ExtentKind::Zero)).collect()
+}
+
 /// Joins sorted neighbours of one kind, and makes overlaps of two kinds data.
 fn coalesce(sorted: Vec<Extent>) -> Vec<Extent> {
     let mut joined: Vec<Extent> = Vec::with_capacity(sorted.len());
@@ -228,6 +260,29 @@ mod tests {
                 end = piece.end();
             }
             prop_assert_eq!(end, extent.end());
+        }
+
+        #[test]
+        fn bundles_hold_all_extents_and_share_no_unit(
+            (size, extents) in image(), grain in 0_u32..4, unit in 0_u32..4, block in 0_u32..4
+        ) {
+            let (unit, block) = (1 << (grain + unit), 1 << (grain + unit + block));
+            let aligned = align(extents, 1 << grain, size);
+            let bundles: Vec<_> = bundles(aligned.clone(), unit, block).collect();
+            for bundle in &bundles {
+                let zeroes = bundle.iter().all(|piece| piece.kind == ExtentKind::Zero);
+                let (first, last) = (bundle[0].offset, bundle[bundle.len() - 1].end() - 1);
+                prop_assert!(zeroes && bundle.len() == 1 || align_down(first, block) == align_down(last, block));
+                // Whatever could go alone does: reads are made for each bundle.
+                for pair in bundle.windows(2) {
+                    prop_assert_eq!(align_down(pair[0].end() - 1, unit), align_down(pair[1].offset, unit));
+                }
+            }
+            for pair in bundles.windows(2) {
+                let last = pair[0][pair[0].len() - 1].end() - 1;
+                prop_assert!(align_down(last, unit) < align_down(pair[1][0].offset, unit));
+            }
+            prop_assert_eq!(coalesce(bundles.concat()), aligned);
         }
 
         #[test]

@@ -1,11 +1,11 @@
 //! One file of a chain being written.
 
 use std::fmt;
-use std::ops::Range;
 use std::path::PathBuf;
 
 use bytes::Bytes;
 
+use crate::extent::Extent;
 use crate::source::BoxError;
 
 pub mod qemu_nbd;
@@ -87,6 +87,8 @@ pub struct LayerSpec {
     pub cluster_size: u32,
     /// How clusters are stored.
     pub compression: Compression,
+    /// Whether clusters have subclusters.
+    pub extended_l2: ExtendedL2,
 }
 
 impl LayerSpec {
@@ -95,32 +97,70 @@ impl LayerSpec {
     pub const DEFAULT_CLUSTER_SIZE: u32 = 128 << 10;
 }
 
+/// Whether layers get extended L2 entries, which make the grain 32 times finer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExtendedL2 {
+    /// Wherever the format, and the writer, allow it.
+    #[default]
+    Auto,
+    /// Never. The layer then opens with QEMU older than 5.2, too.
+    Off,
+}
+
+/// A stretch of the image, and what changed in it.
+#[derive(Clone, Debug)]
+pub struct Patch {
+    /// Where `data` begin, in bytes of the image. Means nothing when they are empty.
+    pub offset: u64,
+    /// What the snapshot holds from `offset` on: at least all that `pieces` call data, with zeroes
+    /// behind the end of the image up to the virtual size. Between pieces it may hold anything.
+    pub data: Bytes,
+    /// What changed: ascending, disjoint, whole grains; never data of zeroes.
+    pub pieces: Vec<Extent>,
+}
+
+impl Patch {
+    /// The bytes of `piece`.
+    ///
+    /// # Panics
+    /// When `piece` does not lie within the data.
+    #[must_use]
+    pub fn bytes(&self, piece: &Extent) -> Bytes {
+        let index = |offset: u64| usize::try_from(offset - self.offset).expect("within a buffer");
+        self.data.slice(index(piece.offset)..index(piece.end()))
+    }
+}
+
 /// Takes what a layer holds, in any order and from several threads, and writes it once.
 ///
 /// All offsets and lengths are multiples of [`grain`](Self::grain); only the end of the virtual
-/// size may be ragged. No grain is handed over twice. Dropping a writer without
-/// [`finish`](Self::finish) abandons the layer: everything that was started on its behalf is gone
-/// when drop returns, the file is left for the caller to remove.
+/// size may be ragged. Pieces that touch the same [`unit`](Self::unit) come in one call, so no unit
+/// is touched by two. Dropping a writer without [`finish`](Self::finish) abandons the layer:
+/// everything that was started on its behalf is gone when drop returns, the file is left for the
+/// caller to remove.
 pub trait LayerWriter: Sync {
     /// The smallest piece that this layer can hold without a copy of older data, in bytes: a power
     /// of two, at least 512.
     fn grain(&self) -> u64;
 
-    /// Hands `data` over for `offset`. May return before it is written, but blocks while too much
-    /// is under way, and drops `data` as soon as it is written.
+    /// What the layer stores in one go, in bytes: a power of two, at least the grain.
+    fn unit(&self) -> u64;
+
+    /// Whether a patch must hold the whole content of each unit of which it holds data, as
+    /// compression needs it. Only the end of the virtual size cuts a unit short then.
+    fn wants_whole_units(&self) -> bool;
+
+    /// Takes a patch over, and returns what the layer will hold of it: its pieces, and whatever the
+    /// layer chose to hold of the data besides; ascending and disjoint. May return before it is
+    /// written, but blocks while too much is under way, and drops the data as soon as they are
+    /// written.
     ///
     /// # Errors
-    /// [`LayerError::Write`], also for data that an earlier call handed over.
-    fn write(&self, offset: u64, data: Bytes) -> Result<(), LayerError>;
+    /// [`LayerError::Write`], also for what an earlier call handed over.
+    fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError>;
 
-    /// Makes `range` read as zeroes, whatever the layers below hold. Any length.
-    ///
-    /// # Errors
-    /// As [`write`](Self::write).
-    fn write_zeroes(&self, range: Range<u64>) -> Result<(), LayerError>;
-
-    /// Makes blocked and future calls of [`write`](Self::write) and
-    /// [`write_zeroes`](Self::write_zeroes) fail soon. Called when the run fails elsewhere.
+    /// Makes blocked and future calls of [`write`](Self::write) fail soon. Called when the run fails
+    /// elsewhere.
     fn abort(&self);
 
     /// Waits until everything handed over is written, flushed and on stable storage, and lets go of

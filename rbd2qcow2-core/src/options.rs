@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::layer::Compression;
+use crate::layer::{Compression, ExtendedL2};
 
 /// How the changes between two snapshots are found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -61,6 +61,8 @@ pub struct BackupOptions {
     pub compression: Compression,
     /// Cluster size of new layers in bytes, a power of two from 512 to 2 MiB; `None`: the writer's default.
     pub cluster_size: Option<u32>,
+    /// Whether clusters have subclusters.
+    pub extended_l2: ExtendedL2,
     /// How changes are found.
     pub diff: DiffMode,
     /// Makes a root even where an incremental backup is possible.
@@ -89,6 +91,7 @@ impl Default for BackupOptions {
             writer: Writer::default(),
             compression: Compression::None,
             cluster_size: None,
+            extended_l2: ExtendedL2::Auto,
             diff: DiffMode::Exact,
             full: false,
             keep_snapshots: 1,

@@ -1,9 +1,9 @@
 #![allow(clippy::cast_possible_truncation, reason = "offsets in test data are small")]
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::AtomicUsize;
 
-use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
@@ -12,6 +12,11 @@ use crate::source::memory::MemorySource;
 /// A layer in memory that remembers which grains were written, and refuses to write one twice.
 struct MemoryLayer {
     grain: u64,
+    unit: u64,
+    /// Wants whole units, and holds every other one that it gets data of as a whole.
+    greedy: bool,
+    /// Units that a call has touched.
+    touched: Mutex<BTreeSet<u64>>,
     state: Mutex<Contents>,
     /// The write with this number fails.
     fail_write: Option<usize>,
@@ -35,6 +40,9 @@ impl MemoryLayer {
         let state = Contents { bytes: vec![0xEE; size], held: vec![false; grains] };
         Self {
             grain,
+            unit: grain,
+            greedy: false,
+            touched: Mutex::default(),
             state: Mutex::new(state),
             fail_write: None,
             stuck: false,
@@ -92,13 +100,69 @@ impl LayerWriter for MemoryLayer {
         self.grain
     }
 
-    fn write(&self, offset: u64, data: Bytes) -> Result<(), LayerError> {
-        assert!(data.chunks(self.grain as usize).all(|grain| !crate::extent::is_zero(grain)));
-        self.store(offset..offset + data.len() as u64, |bytes| bytes.copy_from_slice(&data))
+    fn unit(&self) -> u64 {
+        self.unit
     }
 
-    fn write_zeroes(&self, range: Range<u64>) -> Result<(), LayerError> {
-        self.store(range, |bytes| bytes.fill(0))
+    fn wants_whole_units(&self) -> bool {
+        self.greedy
+    }
+
+    fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
+        let size = self.state.lock().unwrap().bytes.len() as u64;
+        let mut held: Vec<Extent> = Vec::new();
+        let mut units = BTreeSet::new();
+        for piece in &patch.pieces {
+            assert!(held.last().is_none_or(|last| last.end() <= piece.offset), "pieces do not ascend");
+            for unit in piece.offset / self.unit..piece.end().div_ceil(self.unit) {
+                let whole = unit * self.unit..((unit + 1) * self.unit).min(size);
+                let known = patch.offset..patch.offset + patch.data.len() as u64;
+                let data = piece.kind == ExtentKind::Data;
+                if data && self.greedy {
+                    assert!(
+                        known.start <= whole.start && known.end >= whole.end,
+                        "a part of a unit is missing"
+                    );
+                }
+                units.insert(unit);
+            }
+            if piece.kind == ExtentKind::Data {
+                let bytes = patch.bytes(piece);
+                assert!(bytes.chunks(self.grain as usize).all(|grain| !crate::extent::is_zero(grain)));
+            }
+            held.push(*piece);
+        }
+        for unit in &units {
+            assert!(self.touched.lock().unwrap().insert(*unit), "unit {unit} came in two calls");
+        }
+        if self.greedy {
+            for unit in units.into_iter().filter(|unit| unit % 2 == 1) {
+                let whole = unit * self.unit..((unit + 1) * self.unit).min(size);
+                let inside = |piece: &Extent| piece.offset < whole.end && whole.start < piece.end();
+                if held.iter().any(|piece| inside(piece) && piece.kind == ExtentKind::Data) {
+                    let mut kept: Vec<Extent> = Vec::new();
+                    for piece in &held {
+                        let parts = [
+                            piece.offset..piece.end().min(whole.start),
+                            piece.offset.max(whole.end)..piece.end(),
+                        ];
+                        kept.extend(parts.into_iter().filter_map(|part| Extent::new(part, piece.kind)));
+                    }
+                    kept.extend(Extent::new(whole, ExtentKind::Data));
+                    kept.sort_by_key(|piece| piece.offset);
+                    held = kept;
+                }
+            }
+        }
+        for piece in &held {
+            match piece.kind {
+                ExtentKind::Data => {
+                    self.store(piece.range(), |bytes| bytes.copy_from_slice(&patch.bytes(piece)))?
+                }
+                ExtentKind::Zero => self.store(piece.range(), |bytes| bytes.fill(0))?,
+            }
+        }
+        Ok(held)
     }
 
     fn abort(&self) {
@@ -153,10 +217,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn a_layer_over_its_base_is_the_snapshot(
-        content in content(), base in prop::option::of(content()), block in 1_usize..20_000, bits in 9_u32..17
+        content in content(), base in prop::option::of(content()), block in 1_usize..20_000, bits in 9_u32..17,
+        unit in 0_u32..3, greedy in any::<bool>()
     ) {
         let source = MemorySource { content, base, block, ..MemorySource::default() };
-        let layer = MemoryLayer::new(source.content.len(), 1 << bits);
+        let unit = 1 << (bits + unit);
+        let layer = MemoryLayer { unit, greedy, ..MemoryLayer::new(source.content.len(), 1 << bits) };
         let (result, progress) = copy(&source, &layer, &Cancel::new());
         prop_assert!(result.is_ok(), "{:?}", result);
         let size = source.content.len();

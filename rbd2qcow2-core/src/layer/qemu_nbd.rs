@@ -29,7 +29,8 @@ pub use self::error::QemuNbdError;
 pub use self::server::{Aio, IoMode};
 use self::server::{Running, Stop};
 pub use self::tools::QemuTools;
-use super::{Compression, LayerError, LayerSpec, LayerWriter, SECTOR};
+use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch, SECTOR};
+use crate::extent::{Extent, ExtentKind};
 use crate::nbd::NbdError;
 use crate::nbd::client::{Client, ZeroOptions};
 
@@ -42,16 +43,6 @@ const SMALLEST_EXTENDED: u32 = 16 << 10;
 /// The largest virtual size that can be rounded up to any grain and still be a file offset.
 const LARGEST_SIZE: u64 = (1 << 63) - (2 << 20);
 
-/// Whether layers get extended L2 entries, which make the grain 32 times finer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ExtendedL2 {
-    /// Wherever the format allows it: clusters of 16 KiB or more, without compression.
-    #[default]
-    Auto,
-    /// Never. The layer then opens with QEMU older than 5.2, too.
-    Off,
-}
-
 /// How to write layers. Clones share what was found out about the programs.
 #[derive(Clone, Debug)]
 pub struct QemuNbdOptions {
@@ -59,8 +50,6 @@ pub struct QemuNbdOptions {
     pub tools: QemuTools,
     /// Connections to the server, 1 or more.
     pub connections: usize,
-    /// Granularity of uncompressed layers.
-    pub extended_l2: ExtendedL2,
     /// How the server writes the file.
     pub io: IoMode,
     /// How long the server may take to start and to negotiate.
@@ -74,7 +63,6 @@ impl Default for QemuNbdOptions {
         Self {
             tools: QemuTools::default(),
             connections: 2,
-            extended_l2: ExtendedL2::Auto,
             io: IoMode::Auto,
             start_limit: Duration::from_secs(30),
             exit_limit: Duration::from_secs(60),
@@ -131,7 +119,7 @@ impl QemuNbdLayer {
         options.tools.probe()?;
         let compressed = spec.compression != Compression::None;
         let extended =
-            options.extended_l2 == ExtendedL2::Auto && spec.cluster_size >= SMALLEST_EXTENDED && !compressed;
+            spec.extended_l2 == ExtendedL2::Auto && spec.cluster_size >= SMALLEST_EXTENDED && !compressed;
         let grain = if extended { spec.cluster_size / SUBCLUSTERS } else { spec.cluster_size };
         let padded_size = spec.virtual_size.next_multiple_of(grain.into());
         // The file is made here, as qemu-img would overwrite one that exists, and keeps its mode.
@@ -239,12 +227,8 @@ impl QemuNbdLayer {
     }
 }
 
-impl LayerWriter for QemuNbdLayer {
-    fn grain(&self) -> u64 {
-        self.grain
-    }
-
-    fn write(&self, offset: u64, mut data: Bytes) -> Result<(), LayerError> {
+impl QemuNbdLayer {
+    fn write_data(&self, offset: u64, mut data: Bytes) -> Result<(), LayerError> {
         self.check_range(&(offset..offset.saturating_add(data.len() as u64)))?;
         let ragged = data.len() % usize::try_from(self.grain).expect("at most 2 MiB");
         let tail = data.split_off(data.len() - ragged);
@@ -268,6 +252,31 @@ impl LayerWriter for QemuNbdLayer {
             return Ok(());
         }
         self.run(|client| client.write_zeroes(range.start, length, ZeroOptions::default()))
+    }
+}
+
+impl LayerWriter for QemuNbdLayer {
+    fn grain(&self) -> u64 {
+        self.grain
+    }
+
+    /// Requests of one grain each would do: the server puts a cluster together.
+    fn unit(&self) -> u64 {
+        self.grain
+    }
+
+    fn wants_whole_units(&self) -> bool {
+        false
+    }
+
+    fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
+        for piece in &patch.pieces {
+            match piece.kind {
+                ExtentKind::Data => self.write_data(piece.offset, patch.bytes(piece))?,
+                ExtentKind::Zero => self.write_zeroes(piece.offset..piece.end())?,
+            }
+        }
+        Ok(patch.pieces)
     }
 
     fn abort(&self) {

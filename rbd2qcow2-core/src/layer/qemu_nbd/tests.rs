@@ -14,6 +14,7 @@ fn spec(directory: &Path, name: &str, virtual_size: u64) -> LayerSpec {
         backing: None,
         cluster_size: 64 << 10,
         compression: Compression::None,
+        extended_l2: ExtendedL2::Auto,
     }
 }
 
@@ -57,7 +58,7 @@ fn write_randomly(layer: &QemuNbdLayer, model: &mut [u8], random: &mut Random) {
             scope.spawn(move || {
                 for (range, data) in half {
                     match data {
-                        Some(data) => layer.write(range.start, data.clone()).expect("written"),
+                        Some(data) => layer.write_data(range.start, data.clone()).expect("written"),
                         None => layer.write_zeroes(range.clone()).expect("zeroed"),
                     }
                 }
@@ -94,9 +95,13 @@ fn chain_like_the_model(tools: &QemuTools, base: &LayerSpec, options: &QemuNbdOp
 fn chains_like_the_model(forms: &[(u32, Compression, ExtendedL2)]) {
     for tools in qemus() {
         for (seed, (cluster_size, compression, extended_l2)) in (1..).zip(forms.iter().copied()) {
-            let base = LayerSpec { cluster_size, compression, ..spec(Path::new("unused"), "unused", 0) };
-            let options = QemuNbdOptions { extended_l2, ..options(&tools) };
-            chain_like_the_model(&tools, &base, &options, seed);
+            let base = LayerSpec {
+                cluster_size,
+                compression,
+                extended_l2,
+                ..spec(Path::new("unused"), "unused", 0)
+            };
+            chain_like_the_model(&tools, &base, &options(&tools), seed);
         }
     }
 }
@@ -146,9 +151,9 @@ fn the_grain_is_as_fine_as_the_format_allows() {
         .enumerate()
         {
             let name = number.to_string();
-            let spec = LayerSpec { cluster_size, compression, ..spec(directory.path(), &name, 1 << 20) };
-            let options = QemuNbdOptions { extended_l2, ..options(&tools) };
-            let layer = QemuNbdLayer::create(&spec, options).expect("created");
+            let spec = spec(directory.path(), &name, 1 << 20);
+            let spec = LayerSpec { cluster_size, compression, extended_l2, ..spec };
+            let layer = QemuNbdLayer::create(&spec, options(&tools)).expect("created");
             assert_eq!(layer.grain(), grain);
             let info = qemu_img(&tools, directory.path(), &["info", "-f", "qcow2", &name]);
             assert_eq!(info.contains("extended l2: true"), grain < u64::from(cluster_size), "{info}");
@@ -176,7 +181,7 @@ fn zeroes_hide_the_backing_file_and_nothing_else_does() {
             let directory = directory();
             let base = LayerSpec { compression, ..spec(directory.path(), "base", 4 << 20) };
             let layer = QemuNbdLayer::create(&base, options(&tools)).expect("created");
-            layer.write(0, Bytes::from(vec![0xaa; 4 << 20])).expect("written");
+            layer.write_data(0, Bytes::from(vec![0xaa; 4 << 20])).expect("written");
             layer.finish().expect("finished");
             // One that ends in the middle of a grain of the longer base.
             let size = (3 << 20) - 512;
@@ -210,7 +215,7 @@ fn a_layer_of_nothing_needs_no_server_and_no_backing_file() {
         for (name, size) in [("empty", 0), ("sector", 512), ("ragged", (1 << 20) + 512), ("whole", 1 << 20)] {
             let spec = LayerSpec { backing: Some("absent".into()), ..spec(directory.path(), name, size) };
             let layer = QemuNbdLayer::create(&spec, options(&tools)).expect("created");
-            layer.write(0, Bytes::new()).expect("nothing to do");
+            layer.write_data(0, Bytes::new()).expect("nothing to do");
             layer.write_zeroes(0..0).expect("nothing to do");
             layer.finish().expect("finished");
             let info = qemu_img(&tools, directory.path(), &["info", "-f", "qcow2", "--output=json", name]);
@@ -233,7 +238,7 @@ fn the_smallest_layer_is_written_without_its_backing_file() {
                 ..spec(directory.path(), "top", 512)
             };
             let layer = QemuNbdLayer::create(&spec, options(&tools)).expect("created");
-            layer.write(0, Bytes::from(vec![7; 512])).expect("written");
+            layer.write_data(0, Bytes::from(vec![7; 512])).expect("written");
             layer.finish().expect("finished");
             qemu_img(&tools, directory.path(), &["create", "-q", "-f", "qcow2", "later", "1M"]);
             assert_eq!(contents(&tools, directory.path(), "top"), [7; 512]);
@@ -250,7 +255,7 @@ fn directories_may_have_any_name() {
             fs::create_dir(&inside).expect("made");
             let layer = QemuNbdLayer::create(&spec(&inside, "a,b@c%3A", 1 << 20), options(&tools));
             let layer = layer.expect("created");
-            layer.write(0, Bytes::from(vec![7; 1 << 20])).expect("written");
+            layer.write_data(0, Bytes::from(vec![7; 1 << 20])).expect("written");
             layer.finish().expect("finished");
             assert!(contents(&tools, &inside, "a,b@c%3A") == vec![7; 1 << 20]);
         }
@@ -265,7 +270,7 @@ fn sixteen_tebibytes_pass() {
         let layer = QemuNbdLayer::create(&spec(directory.path(), "huge", SIZE), options(&tools));
         let layer = layer.expect("created");
         for offset in [0, SIZE / 2, SIZE - 2048] {
-            layer.write(offset, Bytes::from(vec![1; 2048])).expect("written");
+            layer.write_data(offset, Bytes::from(vec![1; 2048])).expect("written");
         }
         layer.write_zeroes(1 << 40..(1 << 40) + (40 << 30)).expect("zeroed");
         layer.finish().expect("finished");

@@ -42,7 +42,7 @@ fn data(layer: &QemuNbdLayer) -> Bytes {
 
 /// Writes one grain after the other until that fails.
 fn write_until_error(layer: &QemuNbdLayer) -> LayerError {
-    (0..).find_map(|n| layer.write(n * layer.grain(), data(layer)).err()).expect("it fails some time")
+    (0..).find_map(|n| layer.write_data(n * layer.grain(), data(layer)).err()).expect("it fails some time")
 }
 
 #[test]
@@ -121,7 +121,7 @@ fn a_server_that_does_not_start_is_every_calls_answer() {
         let layer = QemuNbdLayer::create(&spec(directory.path(), "layer", 1 << 20), options(&tools));
         let layer = layer.expect("created");
         for error in [
-            layer.write(0, data(&layer)).expect_err("no server"),
+            layer.write_data(0, data(&layer)).expect_err("no server"),
             layer.write_zeroes(0..1 << 20).expect_err("no server"),
             layer.finish().expect_err("no server"),
         ] {
@@ -145,7 +145,7 @@ fn another_way_of_io_is_tried_when_one_does_not_work() {
         for name in ["first", "second"] {
             let layer = QemuNbdLayer::create(&spec(directory.path(), name, 1 << 20), options(&tools));
             let layer = layer.expect("created");
-            layer.write(0, data(&layer)).expect("written");
+            layer.write_data(0, data(&layer)).expect("written");
             layer.finish().expect("finished");
         }
         let asked = fs::read_to_string(asked).expect("written");
@@ -162,7 +162,7 @@ fn only_whole_grains_are_taken() {
         let directory = directory();
         let spec = spec(directory.path(), "layer", (1 << 20) + 512);
         let layer = QemuNbdLayer::create(&spec, options(&tools)).expect("created");
-        let write = |offset, length| layer.write(offset, Bytes::from(vec![1; length]));
+        let write = |offset, length| layer.write_data(offset, Bytes::from(vec![1; length]));
         for result in [
             write(512, 2048),
             write(0, 512),
@@ -187,7 +187,10 @@ fn a_finished_layer_takes_nothing() {
         let layer = QemuNbdLayer::create(&spec(directory.path(), "layer", 1 << 20), options(&tools));
         let layer = layer.expect("created");
         layer.finish().expect("finished");
-        assert!(matches!(cause(layer.write(0, data(&layer)).expect_err("finished")), QemuNbdError::Finished));
+        assert!(matches!(
+            cause(layer.write_data(0, data(&layer)).expect_err("finished")),
+            QemuNbdError::Finished
+        ));
         assert!(matches!(cause(layer.finish().expect_err("finished")), QemuNbdError::Finished));
     }
 }
@@ -199,7 +202,7 @@ fn a_killed_server_is_told_and_never_a_success() {
         let make = |name| {
             let layer = QemuNbdLayer::create(&spec(directory.path(), name, 1 << 30), options(&tools));
             let layer = layer.expect("created");
-            layer.write(0, data(&layer)).expect("written");
+            layer.write_data(0, data(&layer)).expect("written");
             kill_process(server(&layer), Signal::KILL).expect("killed");
             layer
         };
@@ -218,7 +221,7 @@ fn abort_frees_a_writer_whose_server_hangs() {
         let directory = directory();
         let layer = QemuNbdLayer::create(&spec(directory.path(), "layer", 1 << 30), options(&tools));
         let layer = layer.expect("created");
-        layer.write(0, data(&layer)).expect("written");
+        layer.write_data(0, data(&layer)).expect("written");
         let server = server(&layer);
         kill_process(server, Signal::STOP).expect("stopped");
         thread::scope(|scope| {
@@ -242,7 +245,10 @@ fn abort_before_the_first_write_starts_nothing() {
         let layer = QemuNbdLayer::create(&spec(directory.path(), "layer", 1 << 20), options(&tools));
         let layer = layer.expect("created");
         layer.abort();
-        assert!(matches!(cause(layer.write(0, data(&layer)).expect_err("aborted")), QemuNbdError::Aborted));
+        assert!(matches!(
+            cause(layer.write_data(0, data(&layer)).expect_err("aborted")),
+            QemuNbdError::Aborted
+        ));
         assert!(matches!(&*layer.read_phase(), Phase::Idle));
         layer.finish().expect_err("aborted");
     }
@@ -279,7 +285,7 @@ fn a_full_disk_is_told_and_never_a_success() {
             let spec = LayerSpec { compression, ..spec(disk.0.path(), "layer", 16 << 20) };
             let layer = QemuNbdLayer::create(&spec, options(&tools)).expect("created");
             let mut random = Random::new(5);
-            let write = |n: u64| layer.write(n << 16, Bytes::from(random.bytes(1 << 16)));
+            let write = |n: u64| layer.write_data(n << 16, Bytes::from(random.bytes(1 << 16)));
             let result = (0..256).try_for_each(write).and_then(|()| layer.finish());
             let error = told(&result.expect_err("16 MiB do not fit"));
             assert!(error.contains("No space left on device"), "{error}");
