@@ -182,6 +182,12 @@ impl L1Entry {
         geometry.check_place(host, true)?;
         Ok(Self { table: Some(host) })
     }
+
+    /// The entry as it stands in a file where nothing is shared.
+    #[must_use]
+    pub fn encode(self) -> u64 {
+        self.table.map_or(0, |host| host.0 | COPIED)
+    }
 }
 
 /// Where compressed data lie. They need not be aligned.
@@ -213,6 +219,13 @@ impl CompressedCluster {
         geometry.check_free(host, host.0 + 1)?;
         Ok(Self { host, bytes: end.min(geometry.file_bytes) - host.0 })
     }
+
+    fn encode(self, cluster_bits: u32) -> u64 {
+        let offset_bits = 62 - (cluster_bits - 8);
+        let last = self.host.0 + self.bytes - 1;
+        let sectors = last / COMPRESSED_SECTOR - self.host.0 / COMPRESSED_SECTOR;
+        COMPRESSED | sectors << offset_bits | self.host.0
+    }
 }
 
 /// Which subclusters of a cluster are allocated, and which are zero: never both.
@@ -234,6 +247,18 @@ pub enum SubclusterKind {
 }
 
 impl Subclusters {
+    /// The subclusters whose bits are set in `allocated` and in `zero`, the first in the lowest bit.
+    /// `None` where a subcluster is in both.
+    #[must_use]
+    pub fn from_bits(allocated: u32, zero: u32) -> Option<Self> {
+        (allocated & zero == 0).then_some(Self { allocated, zero })
+    }
+
+    /// The bitmap as it stands in an extended entry.
+    fn bitmap(self) -> u64 {
+        u64::from(self.zero) << 32 | u64::from(self.allocated)
+    }
+
     /// Takes apart a subcluster bitmap; `has_offset` tells whether the cluster has a place.
     fn new(bitmap: u64, has_offset: bool) -> Result<Self, EntryFault> {
         #[allow(clippy::cast_possible_truncation, reason = "each half is what is asked for")]
@@ -310,6 +335,28 @@ impl L2Entry {
             (false, false, 0) => Self::Absent,
             (false, false, _) => Self::Data(host),
         })
+    }
+
+    /// The entry and, for an extended one, its bitmap, as they stand in a file of clusters of
+    /// 2^`cluster_bits` bytes where nothing but compressed data share a cluster. The inverse of
+    /// [`new`](Self::new), but for the sizes of compressed data, which are counted in sectors.
+    ///
+    /// # Panics
+    /// For subclusters in a file without extended entries.
+    #[must_use]
+    pub fn encode(self, cluster_bits: u32, extended_l2: bool) -> (u64, u64) {
+        const ALL: u64 = u32::MAX as u64;
+        match self {
+            Self::Absent => (0, 0),
+            Self::Zero if extended_l2 => (0, ALL << 32),
+            Self::Zero => (ZERO, 0),
+            Self::Data(host) => (host.0 | COPIED, if extended_l2 { ALL } else { 0 }),
+            Self::Subclusters(host, subclusters) => {
+                assert!(extended_l2, "only extended entries have subclusters");
+                (if host.0 == 0 { 0 } else { host.0 | COPIED }, subclusters.bitmap())
+            }
+            Self::Compressed(cluster) => (cluster.encode(cluster_bits), 0),
+        }
     }
 }
 

@@ -277,3 +277,50 @@ proptest! {
         }
     }
 }
+
+prop_compose! {
+    /// Any header that this program could write, of a file that is long enough.
+    fn headers()(
+        bits in 9_u32..=21, zstd in any::<bool>(), extended_l2 in any::<bool>(), entries in 1_u64..2000,
+        fill in 0.0..=1.0, name in prop::option::of("[a-z0-9%@.]{1,300}"), order in 0_u32..=6, flags in 0_u8..8
+    ) -> Header {
+        let cluster_bits = ClusterBits::new(bits).expect("in range");
+        let extended_l2 = extended_l2 && bits >= 14;
+        let coverage = cluster_bits.size() / if extended_l2 { 16 } else { 8 } * cluster_bits.size();
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss,
+            reason = "any size does")]
+        let virtual_size = ((entries * coverage) as f64 * fill) as u64;
+        let mut header = Header {
+            version: Version::V3,
+            cluster_bits,
+            virtual_size: virtual_size.min(entries * coverage),
+            backing: name.map(|name| Backing { name, format: Some("qcow2".to_owned()) }),
+            encryption: Encryption::None,
+            l1_table: Table { offset: cluster_bits.size(), entries },
+            refcount_table: Table { offset: 1 << 30, entries: cluster_bits.size() / 8 },
+            refcount_order: order,
+            snapshots: 0,
+            dirty: flags & 1 != 0,
+            corrupt: flags & 2 != 0,
+            external_data: flags & 4 != 0,
+            compression_type: if zstd { CompressionType::Zstd } else { CompressionType::Zlib },
+            extended_l2,
+            compatible_features: flags.into(),
+            autoclear_features: 0,
+            header_length: 0,
+        };
+        header.header_length = header.encoded_length();
+        header
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_parsed(header in headers()) {
+        match header.to_bytes() {
+            Some(bytes) => prop_assert_eq!(Header::parse(&bytes, 1 << 32).unwrap(), header),
+            // A long name in a small cluster.
+            None => prop_assert_eq!(header.cluster_bits.size(), 512),
+        }
+    }
+}

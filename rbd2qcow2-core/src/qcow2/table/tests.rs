@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 fn geometry(version: Version, cluster_bits: u32, extended_l2: bool) -> Geometry {
@@ -131,5 +133,42 @@ fn no_number_makes_an_entry_that_leads_outside() {
         if let Ok(L1Entry { table: Some(host) }) = L1Entry::new(raw, &geometry) {
             assert!(host.0 + geometry.cluster_size() <= geometry.file_bytes);
         }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_encoded_is_understood(
+        bits in 9_u32..=21, extended in any::<bool>(), kind in 0..5, cluster in 4_u64..19,
+        within in any::<u64>(), bytes in any::<u64>(), allocated in any::<u32>(), zero in any::<u32>()
+    ) {
+        let extended = extended && bits >= 14;
+        let geometry = geometry(Version::V3, bits, extended);
+        let size = geometry.cluster_size();
+        let host = HostOffset(cluster * size);
+        let subclusters = |allocated, zero| L2Entry::Subclusters(
+            if allocated == 0 { HostOffset(0) } else { host },
+            Subclusters::from_bits(allocated, zero).expect("disjoint"),
+        );
+        let packed = CompressedCluster { host: HostOffset(host.0 + within % size), bytes: 1 + bytes % size };
+        let entry = match kind {
+            0 => L2Entry::Absent,
+            1 => L2Entry::Zero,
+            2 => L2Entry::Data(host),
+            3 if extended => subclusters(allocated, zero & !allocated),
+            _ => L2Entry::Compressed(packed),
+        };
+        let (raw, bitmap) = entry.encode(bits, extended);
+        let mut expected = match entry {
+            L2Entry::Absent if extended => subclusters(0, 0),
+            L2Entry::Zero if extended => subclusters(0, u32::MAX),
+            L2Entry::Data(_) if extended => subclusters(u32::MAX, 0),
+            entry => entry,
+        };
+        if let L2Entry::Compressed(cluster) = &mut expected {
+            cluster.bytes = (packed.host.0 + packed.bytes).next_multiple_of(512) - packed.host.0;
+        }
+        prop_assert_eq!(L2Entry::new(raw, bitmap, &geometry), Ok(expected));
+        prop_assert_eq!(raw & COPIED != 0, raw & OFFSET_MASK != 0 && raw & COMPRESSED == 0);
     }
 }
