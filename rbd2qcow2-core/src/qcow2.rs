@@ -10,6 +10,7 @@ use std::path::Path;
 
 pub mod chain;
 pub mod compressed;
+pub mod compressor;
 pub mod error;
 pub mod file;
 pub mod header;
