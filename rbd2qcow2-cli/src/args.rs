@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
-use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::layer::{Compression, ExtendedL2};
 use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
@@ -154,15 +154,20 @@ pub struct BackupArgs {
     #[arg(short, long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
     parallel: u16,
     /// What writes the qcow2 files
-    #[arg(long, value_name = "WRITER", default_value = "qemu-nbd")]
+    #[arg(long, value_name = "WRITER", default_value = "native")]
     writer: WriterArg,
-    /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read). `zstd:LEVEL`, 1 to 22,
-    /// needs a writer that can set it; qemu-nbd cannot
+    /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read), with a level from 1
+    /// (fast, the default of the native writer) to 22 (small). What does not get smaller is stored
+    /// as it is
     #[arg(long, value_name = "none|zlib|zstd[:LEVEL]", default_value = "none", value_parser = values::compression)]
     compression: Compression,
     /// Cluster size of new files: a power of two from 512 to 2M [default: the writer's choice]
     #[arg(long, value_name = "SIZE", value_parser = values::cluster_size)]
     cluster_size: Option<u32>,
+    /// Do without subclusters, so that QEMU older than 5.2 can read the files. Small scattered changes
+    /// then take a whole cluster each
+    #[arg(long)]
+    no_extended_l2: bool,
     /// How changes are found
     #[arg(long, value_name = "MODE", default_value = "exact")]
     diff: DiffArg,
@@ -182,10 +187,10 @@ pub struct BackupArgs {
     /// Give an image up when the cluster leaves a request unanswered for so long
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
-    /// The program `qemu-img`
+    /// The program `qemu-img`, for the writer qemu-nbd
     #[arg(long, value_name = "PATH", default_value = "qemu-img", env = "RBD2QCOW2_QEMU_IMG")]
     qemu_img: PathBuf,
-    /// The program `qemu-nbd`
+    /// The program `qemu-nbd`, for the writer of this name
     #[arg(long, value_name = "PATH", default_value = "qemu-nbd", env = "RBD2QCOW2_QEMU_NBD")]
     qemu_nbd: PathBuf,
 }
@@ -193,7 +198,9 @@ pub struct BackupArgs {
 /// What writes the layers, as the command line names it.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum WriterArg {
-    /// A qemu-nbd process for each file
+    /// This program itself
+    Native,
+    /// A qemu-nbd process for each file; compresses with QEMU's level, on four processors at most
     QemuNbd,
 }
 
@@ -265,7 +272,7 @@ impl BackupArgs {
         match (self.writer, self.compression) {
             (WriterArg::QemuNbd, Compression::Zstd { level: Some(_) }) => Err((
                 ErrorKind::ArgumentConflict,
-                "qemu-nbd cannot set a level of compression: say `--compression zstd`",
+                "the writer qemu-nbd cannot set a level of compression: say `--compression zstd`",
             )),
             _ => Ok(()),
         }
@@ -290,10 +297,12 @@ impl BackupArgs {
         let mut options = BackupOptions::default();
         options.parallel = self.parallel.into();
         options.writer = match self.writer {
+            WriterArg::Native => Writer::Native,
             WriterArg::QemuNbd => Writer::QemuNbd,
         };
         options.compression = self.compression;
         options.cluster_size = self.cluster_size;
+        options.extended_l2 = if self.no_extended_l2 { ExtendedL2::Off } else { ExtendedL2::Auto };
         options.diff = match self.diff {
             DiffArg::Exact => DiffMode::Exact,
             DiffArg::Scan => DiffMode::Scan,

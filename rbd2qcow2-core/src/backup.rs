@@ -12,6 +12,7 @@ use crate::chain::manifest::{CloneParent, Features, Record};
 use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
 use crate::copy::{Copy, CopyError};
+use crate::layer::native::NativeLayer;
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
@@ -162,8 +163,8 @@ impl Backup<'_> {
             chain.begin(LayerPlan { point: snapshot.point, parent: plan.parent(), cluster_size })?;
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
-        report.diff_time = self.copy(&source, &layer, &plan, &pending, &stop, &report.progress)?;
-        self.finish(&layer)?;
+        report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
+        self.finish(&*layer)?;
 
         self.stage(Stage::Commit);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
@@ -220,8 +221,7 @@ impl Backup<'_> {
         source: &LibrbdSource,
         pending: &PendingLayer<'_>,
         cluster_size: u32,
-    ) -> Result<QemuNbdLayer, BackupError> {
-        let Writer::QemuNbd = self.options.writer;
+    ) -> Result<Box<dyn LayerWriter>, BackupError> {
         let spec = LayerSpec {
             path: pending.layer_path().to_owned(),
             virtual_size: source.info().size.next_multiple_of(SECTOR),
@@ -230,8 +230,13 @@ impl Backup<'_> {
             compression: self.options.compression,
             extended_l2: self.options.extended_l2,
         };
-        let options = QemuNbdOptions { tools: self.tools.clone(), ..QemuNbdOptions::default() };
-        Ok(QemuNbdLayer::create(&spec, options)?)
+        Ok(match self.options.writer {
+            Writer::Native => Box::new(NativeLayer::create(&spec)?),
+            Writer::QemuNbd => {
+                let options = QemuNbdOptions { tools: self.tools.clone(), ..QemuNbdOptions::default() };
+                Box::new(QemuNbdLayer::create(&spec, options)?)
+            }
+        })
     }
 
     fn copy(

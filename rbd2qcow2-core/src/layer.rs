@@ -8,6 +8,7 @@ use bytes::Bytes;
 use crate::extent::Extent;
 use crate::source::BoxError;
 
+pub mod native;
 pub mod qemu_nbd;
 
 /// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.

@@ -34,8 +34,10 @@ impl DiffMode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Writer {
-    /// A qemu-nbd process for each layer.
+    /// This program itself.
     #[default]
+    Native,
+    /// A qemu-nbd process for each layer.
     QemuNbd,
 }
 
@@ -44,6 +46,7 @@ impl Writer {
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Native => "native",
             Self::QemuNbd => "qemu-nbd",
         }
     }
@@ -78,9 +81,9 @@ pub struct BackupOptions {
     pub dry_run: bool,
     /// How long the cluster may leave one request unanswered before the image is given up.
     pub patience: Duration,
-    /// The program `qemu-img`.
+    /// The program `qemu-img`. Only [`Writer::QemuNbd`] needs it.
     pub qemu_img: PathBuf,
-    /// The program `qemu-nbd`.
+    /// The program `qemu-nbd`. Only [`Writer::QemuNbd`] needs it.
     pub qemu_nbd: PathBuf,
 }
 

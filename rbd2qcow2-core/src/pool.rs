@@ -12,7 +12,7 @@ use crate::backup::{Backup, BackupError};
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 use crate::layer::qemu_nbd::{QemuNbdError, QemuTools};
-use crate::options::BackupOptions;
+use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Cluster, ClusterOptions, Patience, Pool, RbdError};
@@ -93,7 +93,7 @@ impl PoolBackup {
         let exclude = self.exclude()?;
         self.check_dest().map_err(|cause| PoolError::Dest { path: self.dest.clone(), cause })?;
         let tools = QemuTools::new(&self.options.qemu_img, &self.options.qemu_nbd);
-        if !self.options.dry_run {
+        if self.options.writer == Writer::QemuNbd && !self.options.dry_run {
             // Or every image would take a snapshot first, and then fail.
             tools.probe().map_err(PoolError::Tools)?;
         }

@@ -18,6 +18,7 @@ pub mod layer;
 pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod writer;
 
 /// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
 /// not followed, a pipe is not waited for. `None` for whatever is no regular file.

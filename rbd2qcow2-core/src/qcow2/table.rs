@@ -229,7 +229,7 @@ impl CompressedCluster {
 }
 
 /// Which subclusters of a cluster are allocated, and which are zero: never both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Subclusters {
     allocated: u32,
     zero: u32,
@@ -252,6 +252,33 @@ impl Subclusters {
     #[must_use]
     pub fn from_bits(allocated: u32, zero: u32) -> Option<Self> {
         (allocated & zero == 0).then_some(Self { allocated, zero })
+    }
+
+    /// Makes the subcluster `index`, below 32, what is said.
+    pub fn set(&mut self, index: u64, kind: SubclusterKind) {
+        let bit = 1_u32 << (index % SUBCLUSTERS);
+        (self.allocated, self.zero) = (self.allocated & !bit, self.zero & !bit);
+        match kind {
+            SubclusterKind::Data => self.allocated |= bit,
+            SubclusterKind::Zero => self.zero |= bit,
+            SubclusterKind::Absent => {}
+        }
+    }
+
+    /// How many subclusters are data.
+    #[must_use]
+    pub fn data_count(self) -> u64 {
+        self.allocated.count_ones().into()
+    }
+
+    /// The runs of subclusters that are alike, ascending, by their numbers.
+    pub fn runs(self) -> impl Iterator<Item = (Range<u64>, SubclusterKind)> {
+        let mut next = 0;
+        std::iter::from_fn(move || {
+            let (start, kind) = (next, self.kind(next));
+            next = (start..SUBCLUSTERS).find(|&index| self.kind(index) != kind).unwrap_or(SUBCLUSTERS);
+            (start < SUBCLUSTERS).then_some((start..next, kind))
+        })
     }
 
     /// The bitmap as it stands in an extended entry.

@@ -7,6 +7,10 @@ use super::{
     CompressionType, Encryption, Header, MAGIC, RawV2, RawV3, V3_LENGTH, Version, extension, incompatible,
 };
 
+/// Length of the header that ends before the compression type.
+#[allow(clippy::cast_possible_truncation, reason = "104")]
+const SHORTEST_LENGTH: u32 = V3_LENGTH as u32;
+
 /// Length of the header with its compression type, and padding to 8 bytes.
 const LENGTH_WITH_COMPRESSION_TYPE: u32 = 112;
 
@@ -68,7 +72,7 @@ impl Header {
     /// sake of old readers.
     pub(super) fn encoded_length(&self) -> u32 {
         match self.compression_type {
-            CompressionType::Zlib => V3_LENGTH as u32,
+            CompressionType::Zlib => SHORTEST_LENGTH,
             CompressionType::Zstd => LENGTH_WITH_COMPRESSION_TYPE,
         }
     }

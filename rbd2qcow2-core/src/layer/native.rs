@@ -1,0 +1,182 @@
+//! A layer written by this program itself, from many threads at once.
+//!
+//! What a patch calls changed goes to the file as it is: runs of whole clusters in one write, parts
+//! of a cluster as subclusters. With compression, each cluster of which something changed is packed
+//! whole, and stored so if that is smaller than what changed of it. For that the layer wants the
+//! whole content of such clusters, and may come to hold more than has changed: the same bytes as the
+//! layers below, or else they would have changed.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
+use crate::extent::{Extent, ExtentKind};
+use crate::qcow2::header::{ClusterBits, CompressionType};
+use crate::qcow2::table::SUBCLUSTERS;
+use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData};
+
+mod clusters;
+mod compressors;
+mod error;
+
+use clusters::{Changed, Held, Shape};
+use compressors::Compressors;
+pub use error::NativeError;
+
+/// The level of Zstandard where none is asked for.
+const ZSTD_LEVEL: u8 = 1;
+
+/// Clusters must be this large to have subclusters.
+const SMALLEST_EXTENDED: u32 = 16 << 10;
+
+/// A [`LayerWriter`] that writes the file itself. See the [module](self).
+#[derive(Debug)]
+pub struct NativeLayer {
+    file: Qcow2Writer,
+    shape: Shape,
+    /// `None` where clusters are stored as they are.
+    compressors: Option<Compressors>,
+}
+
+impl NativeLayer {
+    /// Creates the file. The backing file is not opened and need not exist. The file is no qcow2
+    /// image before [`LayerWriter::finish`].
+    ///
+    /// # Errors
+    /// [`LayerError::Create`]: the file exists, cannot be made, or the spec is none of a qcow2 file.
+    pub fn create(spec: &LayerSpec) -> Result<Self, LayerError> {
+        Self::try_create(spec)
+            .map_err(|cause| LayerError::Create { path: spec.path.clone(), cause: cause.into() })
+    }
+
+    fn try_create(spec: &LayerSpec) -> Result<Self, NativeError> {
+        let cluster_bits = ClusterBits::from_size(spec.cluster_size.into())
+            .ok_or(NativeError::ClusterSize { size: spec.cluster_size })?;
+        let extended_l2 = spec.extended_l2 == ExtendedL2::Auto && spec.cluster_size >= SMALLEST_EXTENDED;
+        let (compression_type, level) = match spec.compression {
+            Compression::None => (CompressionType::Zlib, None),
+            Compression::Zlib => (CompressionType::Zlib, Some(0)),
+            Compression::Zstd { level } => (CompressionType::Zstd, Some(level.unwrap_or(ZSTD_LEVEL))),
+        };
+        let file = Qcow2Writer::create(FileSpec {
+            path: spec.path.clone(),
+            virtual_size: spec.virtual_size,
+            backing: spec.backing.clone(),
+            cluster_bits,
+            extended_l2,
+            compression_type,
+        })?;
+        let cluster_size = cluster_bits.size();
+        let grain = if extended_l2 { cluster_size / SUBCLUSTERS } else { cluster_size };
+        Ok(Self {
+            file,
+            shape: Shape { grain, cluster_size, virtual_size: spec.virtual_size },
+            compressors: level.map(|level| Compressors::new(compression_type, level, index(cluster_size))),
+        })
+    }
+
+    fn try_write(&self, patch: &Patch) -> Result<Vec<Extent>, NativeError> {
+        let mut held = Held::new(self.shape);
+        // Whole clusters that are stored as they are, in one write.
+        let mut plain = 0..0;
+        for changed in self.shape.clusters(&patch.pieces)? {
+            if changed != Changed::Whole(plain.end) {
+                self.write_plain(std::mem::take(&mut plain), patch)?;
+            }
+            match changed {
+                Changed::Zeroes(range) => {
+                    self.file.write_zeroes(range.clone())?;
+                    held.clusters(range, ExtentKind::Zero);
+                }
+                Changed::Whole(cluster) => {
+                    if !self.write_packed(cluster, self.shape.cluster_size, patch)? {
+                        let start = if plain.is_empty() { cluster } else { plain.start };
+                        plain = start..cluster + 1;
+                    }
+                    held.clusters(cluster..cluster + 1, ExtentKind::Data);
+                }
+                Changed::Parts(cluster, parts) => {
+                    if self.write_packed(cluster, parts.data_count() * self.shape.grain, patch)? {
+                        held.clusters(cluster..cluster + 1, ExtentKind::Data);
+                    } else {
+                        let data = SubclusterData { offset: patch.offset, bytes: &patch.data };
+                        self.file.write_subclusters(cluster, parts, data)?;
+                        held.parts(cluster, parts);
+                    }
+                }
+            }
+        }
+        self.write_plain(plain, patch)?;
+        Ok(held.extents)
+    }
+
+    /// Writes whole clusters as they are.
+    fn write_plain(&self, clusters: Range<u64>, patch: &Patch) -> Result<(), NativeError> {
+        if clusters.is_empty() {
+            return Ok(());
+        }
+        let first = clusters.start;
+        Ok(self.file.write_clusters(first, &self.content(clusters, patch))?)
+    }
+
+    /// Writes a cluster packed, if that takes less than `plain` bytes. Tells whether it did.
+    fn write_packed(&self, cluster: u64, plain: u64, patch: &Patch) -> Result<bool, NativeError> {
+        let Some(compressors) = self.compressors.as_ref().filter(|_| plain > 0) else { return Ok(false) };
+        let cluster_size = index(self.shape.cluster_size);
+        let mut content = self.content(cluster..cluster + 1, patch);
+        if content.len() < cluster_size {
+            let mut padded = content.to_vec();
+            padded.resize(cluster_size, 0);
+            content = padded.into();
+        }
+        let mut compressor = compressors.get(|| self.file.is_aborted())?;
+        let packed = compressor.pack(&content, index(plain - 1)).map_err(NativeError::Compress)?;
+        let Some(packed) = packed else { return Ok(false) };
+        self.file.write_compressed(cluster, packed)?;
+        Ok(true)
+    }
+
+    /// The bytes of whole clusters, to the end of the image at most.
+    fn content(&self, clusters: Range<u64>, patch: &Patch) -> Bytes {
+        let range = self.shape.range(clusters);
+        patch.bytes(&Extent { offset: range.start, length: range.end - range.start, kind: ExtentKind::Data })
+    }
+}
+
+impl LayerWriter for NativeLayer {
+    fn grain(&self) -> u64 {
+        self.shape.grain
+    }
+
+    fn unit(&self) -> u64 {
+        self.shape.cluster_size
+    }
+
+    fn wants_whole_units(&self) -> bool {
+        self.compressors.is_some()
+    }
+
+    fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
+        self.try_write(&patch)
+            .map_err(|cause| LayerError::Write { path: self.file.path().to_owned(), cause: cause.into() })
+    }
+
+    fn abort(&self) {
+        self.file.abort();
+    }
+
+    fn finish(&self) -> Result<(), LayerError> {
+        self.file
+            .finish()
+            .map_err(|cause| LayerError::Finish { path: self.file.path().to_owned(), cause: cause.into() })
+    }
+}
+
+/// Lengths of patches and clusters, which are in memory.
+fn index(length: u64) -> usize {
+    usize::try_from(length).expect("in memory")
+}
+
+#[cfg(test)]
+mod tests;

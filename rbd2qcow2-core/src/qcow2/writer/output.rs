@@ -1,0 +1,118 @@
+//! The file, past the page cache where that is possible.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use crate::buffer::ALIGNMENT;
+
+/// The file is made longer ahead of what is written, by so many bytes at most: a write that makes it
+/// longer excludes all others.
+const GROWTH: u64 = 256 << 20;
+
+/// A file that is written in pieces, each place once.
+#[derive(Debug)]
+pub(super) struct Output {
+    /// For whole pages. `None` where the file system, or the cluster size, does without.
+    direct: Option<File>,
+    /// Set when the file system refuses direct writes that it seemed to take.
+    refused: AtomicBool,
+    buffered: File,
+    /// The file's length.
+    length: AtomicU64,
+    growing: Mutex<()>,
+}
+
+impl Output {
+    /// Creates the file, which must not exist. It will be written in clusters of `cluster_size` bytes.
+    pub(super) fn create(path: &Path, cluster_size: u64) -> io::Result<Self> {
+        let mut open = OpenOptions::new();
+        let buffered = open.read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let mut open = OpenOptions::new();
+        open.write(true).custom_flags(OFlags::DIRECT.bits().cast_signed());
+        let direct = match open.open(path) {
+            _ if cluster_size < ALIGNMENT as u64 => None,
+            Ok(file) => Some(file),
+            Err(error) if is_unsupported(&error) => None,
+            Err(error) => {
+                // The error to report is the one at hand.
+                let _ = std::fs::remove_file(path);
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            direct,
+            refused: AtomicBool::new(false),
+            buffered,
+            length: AtomicU64::new(0),
+            growing: Mutex::default(),
+        })
+    }
+
+    /// Writes all of `bytes`: whole pages from aligned memory past the page cache, the rest through
+    /// it. The two never meet in one page.
+    pub(super) fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.grow(offset + bytes.len() as u64);
+        let direct = self.write_direct(offset, bytes)?;
+        let rest = &bytes[direct..];
+        if rest.is_empty() { Ok(()) } else { self.buffered.write_all_at(rest, offset + direct as u64) }
+    }
+
+    /// Writes the whole pages that `bytes` begin with, if possible, and returns their length.
+    fn write_direct(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        let usable = !self.refused.load(Ordering::Relaxed)
+            && offset.is_multiple_of(ALIGNMENT as u64)
+            && bytes.as_ptr().align_offset(ALIGNMENT) == 0;
+        let pages = &bytes[..bytes.len() - bytes.len() % ALIGNMENT];
+        let Some(file) = self.direct.as_ref().filter(|_| usable && !pages.is_empty()) else { return Ok(0) };
+        match file.write_all_at(pages, offset) {
+            Ok(()) => Ok(pages.len()),
+            Err(error) if is_unsupported(&error) => {
+                self.refused.store(true, Ordering::Relaxed);
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads back what was written.
+    pub(super) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.buffered.read_exact_at(bytes, offset)
+    }
+
+    /// Makes the file at least `end` bytes long.
+    fn grow(&self, end: u64) {
+        if end <= self.length.load(Ordering::Relaxed) {
+            return;
+        }
+        let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let length = self.length.load(Ordering::Relaxed);
+        if end > length {
+            let length = end + (end / 4).min(GROWTH);
+            // Where that fails, for a limit on the file's size perhaps, the write may still be within
+            // the limit, or says what is wrong.
+            let _ = self.buffered.set_len(length);
+            self.length.store(length, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes the file `length` bytes long and brings it to stable storage.
+    pub(super) fn finish(&self, length: u64) -> io::Result<()> {
+        self.buffered.set_len(length)?;
+        self.buffered.sync_all()
+    }
+}
+
+/// Whether a file system says with this that it does not do direct writes, or not such ones.
+fn is_unsupported(error: &io::Error) -> bool {
+    [Errno::INVAL, Errno::NOTSUP, Errno::OPNOTSUPP]
+        .map(Errno::raw_os_error)
+        .map(Some)
+        .contains(&error.raw_os_error())
+}
