@@ -157,7 +157,7 @@ pub struct BackupArgs {
     #[arg(long, value_name = "WRITER", default_value = "native")]
     writer: WriterArg,
     /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read), with a level from 1
-    /// (fast, the default of the native writer) to 22 (small). What does not get smaller is stored
+    /// (fast) to 22 (small), 2 with the native writer unless told. What does not get smaller is stored
     /// as it is
     #[arg(long, value_name = "none|zlib|zstd[:LEVEL]", default_value = "none", value_parser = values::compression)]
     compression: Compression,

@@ -24,8 +24,9 @@ use clusters::{Changed, Held, Shape};
 use compressors::Compressors;
 pub use error::NativeError;
 
-/// The level of Zstandard where none is asked for.
-const ZSTD_LEVEL: u8 = 1;
+/// The level of Zstandard where none is asked for: files are as small as QEMU's, which uses 3 on
+/// clusters of 64 KiB, for half the work.
+const ZSTD_LEVEL: u8 = 2;
 
 /// Clusters must be this large to have subclusters.
 const SMALLEST_EXTENDED: u32 = 16 << 10;

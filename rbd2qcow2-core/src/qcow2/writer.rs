@@ -345,3 +345,6 @@ fn l2_coverage(spec: &FileSpec) -> u64 {
 fn index(number: u64) -> usize {
     usize::try_from(number).expect("within a table or buffer")
 }
+
+#[cfg(test)]
+mod tests;

@@ -106,6 +106,9 @@ fn next_content(old: &[u8], (size, stretches): &(usize, Vec<(usize, Stretch)>)) 
     content
 }
 
+/// A layer's form, and what the image is at its point.
+type Step = (Form, (usize, Vec<(usize, Stretch)>));
+
 /// Writes a layer that makes `content` out of what `base` says.
 fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block: usize) -> NativeLayer {
     let layer = NativeLayer::create(spec).expect("created");
@@ -145,10 +148,7 @@ fn spec_of(directory: &Path, name: &str, size: usize, backing: Option<String>, f
 }
 
 /// Writes a chain, and gives its files, the newest first, with what each point holds.
-fn write_chain(
-    directory: &Path,
-    steps: &[(Form, (usize, Vec<(usize, Stretch)>))],
-) -> Vec<(PathBuf, Vec<u8>)> {
+fn write_chain(directory: &Path, steps: &[Step]) -> Vec<(PathBuf, Vec<u8>)> {
     let mut points: Vec<(PathBuf, Vec<u8>)> = Vec::new();
     for (number, (form, image)) in steps.iter().enumerate() {
         let old = points.first().map(|(_, content)| content.as_slice());
@@ -160,6 +160,13 @@ fn write_chain(
         points.insert(0, (spec.path, content));
     }
     points
+}
+
+/// More of them with `RBD2QCOW2_LONG=1`.
+fn cases(usual: u32) -> ProptestConfig {
+    let long = std::env::var("RBD2QCOW2_LONG").as_deref() == Ok("1");
+    let cases = if long { 20 * usual } else { usual };
+    ProptestConfig { max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
 fn padded(content: &[u8]) -> Vec<u8> {
@@ -182,7 +189,7 @@ fn check_with_our_reader(points: &[(PathBuf, Vec<u8>)]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(cases(96))]
     #[test]
     fn chains_read_as_they_were_written(steps in prop::collection::vec((form(), image()), 1..5)) {
         let directory = tempfile::tempdir().unwrap();
@@ -191,7 +198,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { max_shrink_iters: 60, ..ProptestConfig::with_cases(12) })]
+    #![proptest_config(cases(12))]
     /// Stock QEMU finds nothing wrong with the files, and reads from them what was written.
     #[test]
     fn qemu_reads_what_was_written(steps in prop::collection::vec((form(), image()), 1..=10)) {

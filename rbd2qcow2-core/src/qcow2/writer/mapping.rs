@@ -10,9 +10,10 @@ use crate::qcow2::table::{GuestOffset, HostOffset, L1Entry, L2Entry};
 /// 64 GiB. A copy passes from front to back, so most tables are written once.
 const OPEN_BYTES: u64 = 8 << 20;
 
-/// L2 tables in memory, whatever their size: so many parts of the image may be written at once.
-const OPEN_LEAST: u64 = 4;
-const OPEN_MOST: u64 = 1024;
+/// L2 tables in memory, whatever their size: so many parts of the image may be written at once. In
+/// unit tests one, so that tables come and go.
+const OPEN_LEAST: u64 = if cfg!(test) { 1 } else { 4 };
+const OPEN_MOST: u64 = if cfg!(test) { 1 } else { 1024 };
 
 /// Which cluster of the guest is where.
 #[derive(Debug)]

@@ -55,6 +55,11 @@ impl Output {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn set_direct(&mut self, file: File) {
+        self.direct = Some(file);
+    }
+
     /// Writes all of `bytes`: whole pages from aligned memory past the page cache, the rest through
     /// it. The two never meet in one page.
     pub(super) fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {

@@ -8,12 +8,12 @@ use crate::buffer::Buffer;
 use crate::qcow2::header::{ClusterBits, Table};
 use crate::qcow2::table::HostOffset;
 
-/// What is written at once, in bytes.
-const BUFFER_BYTES: usize = 1 << 20;
+/// What is written at once, in bytes. In unit tests little, so that they meet full buffers.
+const BUFFER_BYTES: usize = if cfg!(test) { 8 << 10 } else { 1 << 20 };
 
 /// Clusters are taken for so many bytes at a time, at least: what does not fit the rest of a run
 /// that others have taken the space behind of is lost.
-const RUN_BYTES: u64 = 4 << 20;
+const RUN_BYTES: u64 = if cfg!(test) { 32 << 10 } else { 4 << 20 };
 
 /// Puts compressed data into the file.
 #[derive(Debug)]

@@ -14,6 +14,10 @@ use crate::qcow2::table::HostOffset;
 /// Base-2 logarithm of a refcount's bits: QEMU's default, which every reader knows.
 pub(super) const ORDER: u32 = 4;
 
+/// Most pieces of packed data that share a cluster: what [`check`](crate::qcow2::check) counts to.
+/// Only clusters of 2 MiB could hold more, and only in theory.
+const MOST_PACKED: u16 = 0x7ffe;
+
 /// Clusters that a refcount block counts.
 pub(super) fn per_block(cluster_bits: ClusterBits) -> u64 {
     (cluster_bits.size() * 8) >> ORDER
@@ -57,7 +61,7 @@ impl Refcounts {
 
     /// Whether one more piece of packed data can be counted for these bytes, which are not empty.
     pub(super) fn can_add(&mut self, bytes: &Range<u64>) -> bool {
-        self.clusters(bytes).all(|cluster| *self.count(cluster) < u16::MAX)
+        self.clusters(bytes).all(|cluster| *self.count(cluster) < MOST_PACKED)
     }
 
     /// Counts a piece of packed data in these bytes, which are not empty.
