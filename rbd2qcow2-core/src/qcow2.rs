@@ -1,7 +1,7 @@
 //! The qcow2 file format, as described in QEMU's `docs/interop/qcow2.txt`.
 //!
-//! [`header`] and [`table`] are the format as types, which exist only once their content was checked.
-//! [`layer`] reads one file, [`chain`] a whole restore point.
+//! [`header`], [`table`] and [`refcount`] are the format as types, which exist only once their content
+//! was checked. [`layer`] reads one file, [`chain`] a whole restore point.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -14,6 +14,7 @@ pub mod error;
 pub mod file;
 pub mod header;
 pub mod layer;
+pub mod refcount;
 pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;
