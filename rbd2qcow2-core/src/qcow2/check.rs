@@ -1,8 +1,8 @@
 //! A check of one layer's structure: what `qemu-img check` does, and somewhat more.
 //!
 //! [`LayerReader`] checks every entry on its own, when it follows it. Here all of them are looked at
-//! together, with what reading never needs: the refcounts. Of what compressed clusters hold nothing is
-//! said, nor of the data: digests tell about those.
+//! together, with what reading never needs: the refcounts. Data are not read,
+//! compressed or not: digests tell about those.
 //!
 //! Source of the format: `docs/interop/qcow2` of QEMU. Of what counts as a use of a cluster: QEMU's
 //! check, as its `qemu-img` shows it.
@@ -24,9 +24,19 @@ use walk::Walk;
 /// How many errors, and how many leaks, are kept. The others are counted.
 pub const FINDINGS_KEPT: usize = 100;
 
-/// How many clusters of the file are looked at in one pass through the tables. With 18 bits for each it
-/// takes 27 MiB. One pass does for 1.5 TiB of the default clusters of 128 KiB.
-const WINDOW_CLUSTERS: u64 = 12 << 20;
+/// What bounds the work.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// How many clusters of the file are looked at in one pass through the tables: a multiple of 8.
+    window_clusters: u64,
+    /// How many passes there are, at most.
+    passes: u64,
+}
+
+/// Windows of 18 bits for each cluster take 27 MiB, and one does for 1.5 TiB of the default clusters of
+/// 128 KiB. So many passes do for 24 TiB of the smallest clusters: a file that needs more does not hold
+/// what it claims.
+const LIMITS: Limits = Limits { window_clusters: 12 << 20, passes: 4096 };
 
 /// Why a file could not be checked to the end. Says nothing of the file's structure.
 #[derive(Debug, thiserror::Error)]
@@ -122,8 +132,9 @@ impl Structure {
 /// Takes some 30 MiB of memory, and 8 bytes for each L2 table: 32 MiB where the L1 table is as large as
 /// it may be. Files of more than 12 million clusters take several passes: one for each 12 million, except
 /// where nothing is used. In each pass every L2 table in the file is read once, however many entries name
-/// it, and of the refcount blocks what describes clusters of the file. So the work is bounded by the
-/// file's length.
+/// it, and of the refcount blocks what describes clusters of the file. There are 4096 passes at most
+/// ([`Finding::Scattered`]). So the work is bounded by the file's length, whatever its tables claim; but a
+/// sparse file may be long.
 ///
 /// # Errors
 /// [`CheckError::Read`] when the file cannot be read ([`ReadError::Io`], [`ReadError::Shrunk`]),
@@ -133,7 +144,7 @@ pub fn check(
     cancel: &Cancel,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Structure, CheckError> {
-    Walk::new(layer, cancel, progress, WINDOW_CLUSTERS).run()
+    Walk::new(layer, cancel, progress, LIMITS).run()
 }
 
 #[cfg(test)]

@@ -131,6 +131,12 @@ pub enum Finding {
         /// The cluster.
         host: HostOffset,
     },
+    /// What the file uses is so scattered that it would take too long to look at all of it.
+    #[error("clusters from {host} on were not looked at: the file is too large for what it holds")]
+    Scattered {
+        /// The first of these clusters.
+        host: HostOffset,
+    },
     /// The file says that it has dirty bitmaps, which no backup leaves behind. Their clusters are
     /// taken for leaks.
     #[error("the file has bitmaps, which were not looked at")]

@@ -275,3 +275,16 @@ fn clusters_are_told_apart() {
     // Header, refcount table and block, L1 table, two L2 tables.
     assert_eq!((figures.data, figures.compressed, figures.zero, figures.tables), (5, 2, 1, 6));
 }
+
+#[test]
+fn bitmaps_are_refused() {
+    let Some(tools) = qemu() else {
+        return;
+    };
+    let directory = tempfile::tempdir().expect("a directory");
+    qemu_img(&tools, directory.path(), &["create", "-q", "-f", "qcow2", "a", "1M"]);
+    qemu_img(&tools, directory.path(), &["bitmap", "--add", "a", "changes"]);
+    let found = checked(&directory.path().join("a")).expect("readable");
+    assert_eq!((found.errors, found.error_count), (vec![Finding::Bitmaps], 1));
+    assert!(found.leak_count > 0);
+}

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::source::{Source, Stored};
 use super::window::{MOST_USES, Use, Window};
-use super::{CheckError, Finding, HostOffset, Place, Progress, Structure};
+use super::{CheckError, Finding, HostOffset, Limits, Place, Progress, Structure};
 use crate::cancel::Cancel;
 use crate::qcow2::layer::LayerReader;
 use crate::qcow2::refcount::RefcountEntry;
@@ -30,8 +30,7 @@ pub(super) struct Walk<'a> {
     source: Source<'a>,
     geometry: &'a Geometry,
     progress: &'a mut dyn FnMut(Progress),
-    /// How many clusters a pass looks at: a multiple of 8.
-    window_clusters: u64,
+    limits: Limits,
     /// How many clusters the file has; it may end within the last.
     clusters: u64,
     window: Window,
@@ -50,14 +49,14 @@ impl<'a> Walk<'a> {
         layer: &'a LayerReader,
         cancel: &'a Cancel,
         progress: &'a mut dyn FnMut(Progress),
-        window_clusters: u64,
+        limits: Limits,
     ) -> Self {
         let geometry = layer.geometry();
         Self {
             source: Source { layer, cancel },
             geometry,
             progress,
-            window_clusters,
+            limits,
             clusters: geometry.file_bytes.div_ceil(geometry.cluster_size()),
             window: Window::default(),
             first_pass: true,
@@ -73,11 +72,16 @@ impl<'a> Walk<'a> {
             self.found.add(Finding::Bitmaps);
         }
         self.list_tables()?;
-        // Each pass begins behind the last one, so this ends.
-        while let Some(next) = self.next.take() {
+        for pass in 0.. {
+            let Some(next) = self.next.take() else { break };
+            if pass == self.limits.passes {
+                let host = HostOffset(next * self.geometry.cluster_size());
+                self.found.add(Finding::Scattered { host });
+                break;
+            }
             // A byte of refcounts may describe eight clusters.
             let start = next & !7;
-            self.window.reset(start..(start + self.window_clusters).min(self.clusters));
+            self.window.reset(start..(start + self.limits.window_clusters).min(self.clusters));
             self.load()?;
             self.count_tables()?;
             self.count_data()?;
@@ -160,7 +164,7 @@ impl<'a> Walk<'a> {
         }
         let source = self.source;
         let header = source.layer.header();
-        let passes = (self.clusters - self.window.range().start).div_ceil(self.window_clusters);
+        let passes = (self.clusters - self.window.range().start).div_ceil(self.limits.window_clusters);
         let total = self.done + passes * self.tables.len() as u64;
         source.numbers(header.l1_table.offset, header.l1_table.entries, |index, raw| {
             // The others have been told.

@@ -274,7 +274,7 @@ fn what_is_clean_for_us_is_clean_for_qemu() {
         make(&tools, directory.path(), "sample", None, variant, (2 << 20) + 512, &mut random);
         let sample = Sample::new(directory, "sample");
         let structures = structures(&sample);
-        for flip in 0..60 {
+        for flip in 0..40 {
             // The small ones as often as the large.
             let range = &structures[usize::try_from(random.below(structures.len() as u64)).expect("small")];
             let at = range.start + random.below(range.end - range.start);
@@ -296,7 +296,7 @@ fn what_is_clean_for_us_is_clean_for_qemu() {
             clean += u64::from(ours.is_clean());
         }
     }
-    assert!(clean > 30 && leaks > 30 && errors > 300, "{clean} {leaks} {errors}");
+    assert!(clean > 20 && leaks > 20 && errors > 200, "{clean} {leaks} {errors}");
 }
 
 #[test]

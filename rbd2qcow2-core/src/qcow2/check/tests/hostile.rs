@@ -122,7 +122,7 @@ fn refcount_tables_that_claim_everything_are_survived() {
 fn uses_without_number_are_told() {
     // Every entry of many tables is compressed data of the same cluster.
     let tables = 600;
-    let (l1, block, packed) = (1024, 512 * 700, 512 * 701);
+    let (l1, packed, block) = (1024, 512 * 20, 512 * 21);
     let first = 512 * 64;
     let entries: Vec<u8> = (0..tables).flat_map(|index: u64| (first + index * 512).to_be_bytes()).collect();
     let mut pieces = vec![header(9, (l1, 600), (512, 1)), (l1, entries), number(512, block)];
@@ -132,9 +132,30 @@ fn uses_without_number_are_told() {
     }
     let (found, ..) = check_sparse(pieces, 512 * 702);
     assert_eq!(found.figures.compressed, 600 * 64);
-    assert_eq!(found.errors.iter().filter(|one| matches!(one, Finding::Shared { .. })).count(), 0);
-    // All refcounts are 0, and the last kept findings are others.
-    assert!(found.error_count > 600);
+    assert!(found.errors.contains(&Finding::TooManyUses { host: HostOffset(packed) }), "{found:#?}");
+    // Compressed data may share. All refcounts are 0: of header, refcount table, ten clusters of L1
+    // table, refcount block and the tables.
+    assert!(!found.errors.iter().any(|finding| matches!(finding, Finding::Shared { .. })));
+    assert_eq!(found.error_count, 1 + 13 + tables);
+}
+
+#[test]
+fn passes_are_numbered() {
+    // An entry for each of 32 clusters, far from each other and from the first pass.
+    let far = |index: u64| (index + 1) << 40;
+    let entries = (0..32).flat_map(|index| (COPIED | far(index)).to_be_bytes()).collect();
+    let pieces = vec![header(9, (1024, 1), (512, 1)), number(1024, COPIED | 1536), (1536, entries)];
+    let source = Sparse { pieces, read: Arc::default() };
+    let layer = LayerReader::from_source(Path::new("sparse"), source, 1 << 48).expect("valid");
+    for passes in [1, 10, 32, 33] {
+        let limits = Limits { window_clusters: 1 << 10, passes };
+        let mut told = 0;
+        let mut progress = |progress: Progress| told = progress.done;
+        let found = Walk::new(&layer, &Cancel::new(), &mut progress, limits).run().expect("readable");
+        assert_eq!(told, passes);
+        let scattered = Finding::Scattered { host: HostOffset(far(passes - 1)) };
+        assert_eq!(found.errors.last() == Some(&scattered), passes < 33, "{passes}");
+    }
 }
 
 #[test]
@@ -150,7 +171,8 @@ fn a_stop_is_heeded() {
 /// Checks bytes in passes of so many clusters.
 fn in_windows(bytes: &[u8], clusters: u64) -> Result<Structure, CheckError> {
     let layer = LayerReader::from_source(Path::new("sample"), bytes.to_vec(), bytes.len() as u64)?;
-    Walk::new(&layer, &Cancel::new(), &mut |_| (), clusters).run()
+    Walk::new(&layer, &Cancel::new(), &mut |_| (), Limits { window_clusters: clusters, passes: u64::MAX })
+        .run()
 }
 
 #[test]
