@@ -176,7 +176,31 @@ fn in_windows(bytes: &[u8], clusters: u64) -> Result<Structure, CheckError> {
 }
 
 #[test]
+fn leaks_are_found_where_nothing_is_used() {
+    // A block with refcounts for 256 clusters, 10000 clusters behind everything else.
+    let entry = 40;
+    let counts = [0, 1].repeat(256);
+    let pieces = vec![header(9, (0, 0), (512, 1)), number(512 + entry * 8, 1024), (1024, counts)];
+    for clusters in [20_000, 256 * 40 + 7] {
+        let length = 512 * clusters;
+        let source = Sparse { pieces: pieces.clone(), read: Arc::default() };
+        let layer = LayerReader::from_source(Path::new("sparse"), source, length).expect("valid");
+        for window_clusters in [8, 64, 1 << 10, 1 << 20] {
+            let limits = Limits { window_clusters, passes: 4096 };
+            let found = Walk::new(&layer, &Cancel::new(), &mut |_| (), limits).run().expect("readable");
+            let host = HostOffset(256 * entry * 512);
+            assert_eq!(found.leaks[0], Finding::Leak { host, stored: 1, counted: 0 });
+            assert_eq!(found.leak_count, (clusters - 256 * entry).min(256));
+            // Header, refcount table and block have no refcount.
+            assert_eq!((found.error_count, found.figures.tables), (3, 3));
+            assert_eq!(found.figures.end, length.min(512 * 256 * (entry + 1)));
+        }
+    }
+}
+
+#[test]
 fn several_passes_find_what_one_does() {
+    const WINDOW: u64 = 8;
     let Some(tools) = qemu() else {
         return;
     };
@@ -187,7 +211,9 @@ fn several_passes_find_what_one_does() {
         let mut random = Random::new(0xa55 + round as u64);
         let directory = tempfile::tempdir().expect("a directory");
         make(&tools, directory.path(), "sample", None, variant, (1 << 20) + 512, &mut random);
+        churn(directory.path(), "sample", (1 << 20) + 512, &mut random);
         let bytes = std::fs::read(directory.path().join("sample")).expect("readable");
+        assert!(bytes.len() as u64 / variant.cluster > WINDOW, "{variant:?} has but one window");
         // Behind the header's fields.
         for flips in 0..12 {
             let mut changed = bytes.clone();
@@ -197,9 +223,10 @@ fn several_passes_find_what_one_does() {
             }
             let cut = if flips % 3 == 2 { random.below(bytes.len() as u64 / 8) } else { 0 };
             changed.truncate(bytes.len() - usize::try_from(cut).expect("in memory"));
-            let (Ok(mut one), Ok(mut several)) = (in_windows(&changed, 1 << 20), in_windows(&changed, 64))
+            let (Ok(mut one), Ok(mut several)) =
+                (in_windows(&changed, 1 << 20), in_windows(&changed, WINDOW))
             else {
-                assert!(in_windows(&changed, 64).is_err());
+                assert!(in_windows(&changed, WINDOW).is_err());
                 continue;
             };
             // One after the other, but not in the same order. What is kept differs where much is found.
