@@ -1,7 +1,8 @@
 //! The qcow2 file format, as described in QEMU's `docs/interop/qcow2.txt`.
 //!
-//! [`header`] and [`table`] are the format as types, which exist only once their content was checked.
-//! [`layer`] reads one file, [`chain`] a whole restore point.
+//! [`header`], [`table`] and [`refcount`] are the format as types, which exist only once their content
+//! was checked. [`layer`] reads one file, [`chain`] a whole restore point; [`check`] looks at all of a
+//! file's structure, also at what reading does not need.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -9,12 +10,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 pub mod chain;
+pub mod check;
 pub mod compressed;
 pub mod compressor;
 pub mod error;
 pub mod file;
 pub mod header;
 pub mod layer;
+pub mod refcount;
 pub mod table;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -10,6 +10,10 @@ use super::table::GuestOffset;
 /// The layers of one restore point, open for reading. Can be shared by threads, which read in
 /// parallel.
 ///
+/// Of each layer what a read needs is checked as [`LayerReader`] tells, of the chain that its files
+/// build upon each other as given. The structure of a layer as a whole is looked at by
+/// [`check`](super::check::check), one layer at a time.
+///
 /// Each layer has its own caches (see [`LayerReader`]), so memory grows with the number of layers:
 /// some 4 MiB for each, at most.
 #[derive(Debug)]

@@ -37,7 +37,9 @@ pub enum Piece {
 ///
 /// Nothing in the file is believed: an entry is checked before it is followed. What leads to a place
 /// outside the file, into the header, or is set where the format reserves it, is an error that
-/// names the place. Refcounts are not read.
+/// names the place. That is checked of each entry on its own, and of those alone that a read needs.
+/// What is told only by all of them together is left to [`check`](super::check::check): whether two
+/// lead to the same place, and whether the refcounts, which are not read here, agree with them.
 pub struct LayerReader {
     path: PathBuf,
     file: Box<dyn ReadAt>,
@@ -196,8 +198,13 @@ impl LayerReader {
         Ok(())
     }
 
+    /// What gives the file's entries their meaning.
+    pub(super) fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
     /// Reads what was within the file when it was opened.
-    fn read_exact(&self, host: HostOffset, target: &mut [u8]) -> Result<(), ReadError> {
+    pub(super) fn read_exact(&self, host: HostOffset, target: &mut [u8]) -> Result<(), ReadError> {
         let count = self.file.read_at(target, host.0).map_err(|cause| self.io(host, cause))?;
         if count < target.len() { Err(self.shrunk(HostOffset(host.0 + count as u64))) } else { Ok(()) }
     }
