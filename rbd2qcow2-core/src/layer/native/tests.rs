@@ -12,6 +12,8 @@ use crate::layer::SECTOR;
 use crate::layer::qemu_nbd::testing::{contents, qemu_img, qemus};
 use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
+use crate::qcow2::check::check;
+use crate::qcow2::layer::LayerReader;
 use crate::source::memory::MemorySource;
 
 /// How a layer of a test is written.
@@ -185,6 +187,9 @@ fn check_with_our_reader(points: &[(PathBuf, Vec<u8>)]) {
         let expected = padded(content);
         let wrong = found.iter().zip(&expected).position(|(found, expected)| found != expected);
         assert_eq!(wrong, None, "layer {index} from the top");
+        let layer = LayerReader::open(&points[index].0).expect("a layer");
+        let structure = check(&layer, &Cancel::new(), &mut |_| {}).expect("checked");
+        assert!(structure.is_clean(), "layer {index} from the top: {structure:?}");
     }
 }
 
