@@ -1,66 +1,26 @@
-//! The copy pipeline without Ceph: a source in memory, into a layer that drops everything and into
-//! qemu-nbd. What a backup costs besides reading.
+//! The copy pipeline without Ceph: a source that makes data up, into a layer that drops everything,
+//! and into files by each of the writers. What a backup costs besides reading.
 
 use std::hint::black_box;
-use std::ops::Range;
 use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use rbd2qcow2_core::buffer::{Buffer, BufferPool};
+use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::copy::Copy;
-use rbd2qcow2_core::extent::{Extent, ExtentKind, is_zero};
+use rbd2qcow2_core::extent::{Extent, is_zero};
+use rbd2qcow2_core::layer::native::NativeLayer;
 use rbd2qcow2_core::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
+use rbd2qcow2_core::options::Writer;
 use rbd2qcow2_core::progress::Progress;
-use rbd2qcow2_core::source::{RbdDiffSource, SourceError};
+use rbd2qcow2_core::source::pattern::PatternSource;
 
 /// What each run copies.
 const SIZE: u64 = 256 << 20;
 
 /// Memory for image data: the program's default.
 const MEMORY: usize = 128 << 20;
-
-/// A snapshot full of bytes that do not compress, made by copying one block again and again.
-struct Noise {
-    block: Vec<u8>,
-}
-
-impl Noise {
-    fn new() -> Self {
-        // xorshift64: enough to defeat zero detection and compression.
-        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
-        let words = std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        });
-        Self { block: words.take(512 << 10).flatten().collect() }
-    }
-}
-
-impl RbdDiffSource for Noise {
-    fn size(&self) -> u64 {
-        SIZE
-    }
-
-    fn segments(&self, align: u64) -> Box<dyn Iterator<Item = Result<Range<u64>, SourceError>> + Send + '_> {
-        let step = align.max(128 << 20);
-        Box::new((0..SIZE.div_ceil(step)).map(move |n| Ok(n * step..((n + 1) * step).min(SIZE))))
-    }
-
-    fn diff(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
-        found.extend(Extent::new(segment, ExtentKind::Data));
-        Ok(())
-    }
-
-    fn read(&self, _offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
-        let length = buffer.len();
-        buffer.copy_from_slice(&self.block[..length]);
-        Ok(())
-    }
-}
 
 /// A layer that drops everything.
 struct Null;
@@ -90,7 +50,7 @@ impl LayerWriter for Null {
     }
 }
 
-fn run(source: &Noise, layer: &dyn LayerWriter, buffers: &BufferPool, parallel: usize) {
+fn run(source: &PatternSource, layer: &dyn LayerWriter, buffers: &BufferPool, parallel: usize) {
     let (cancel, progress) = (Cancel::new(), Progress::default());
     let stop = cancel.part();
     let copy = Copy {
@@ -113,7 +73,7 @@ fn run(source: &Noise, layer: &dyn LayerWriter, buffers: &BufferPool, parallel: 
 fn copy_into_null(c: &mut Criterion) {
     let mut group = c.benchmark_group("copy into null");
     group.throughput(Throughput::Bytes(SIZE)).sample_size(10);
-    let (source, buffers) = (Noise::new(), BufferPool::new(MEMORY));
+    let (source, buffers) = (PatternSource::full(SIZE, 16), BufferPool::new(MEMORY));
     for parallel in [1, 4, 16] {
         group.bench_with_input(BenchmarkId::from_parameter(parallel), &parallel, |b, parallel| {
             b.iter(|| run(&source, &Null, &buffers, *parallel));
@@ -122,16 +82,36 @@ fn copy_into_null(c: &mut Criterion) {
     group.finish();
 }
 
-fn copy_into_qemu_nbd(c: &mut Criterion) {
-    let mut group = c.benchmark_group("copy into qemu-nbd");
+/// How a layer is written.
+type Form = (&'static str, Writer, Compression);
+
+const ZSTD: Compression = Compression::Zstd { level: None };
+
+fn copy_into_files(c: &mut Criterion) {
+    const NOISE: [Form; 2] =
+        [("native", Writer::Native, Compression::None), ("qemu-nbd", Writer::QemuNbd, Compression::None)];
+    const TEXT: [Form; 6] = [
+        ("native zstd:1", Writer::Native, Compression::Zstd { level: Some(1) }),
+        ("native zstd", Writer::Native, ZSTD),
+        ("native zstd:3", Writer::Native, Compression::Zstd { level: Some(3) }),
+        ("qemu-nbd zstd", Writer::QemuNbd, ZSTD),
+        ("native zlib", Writer::Native, Compression::Zlib),
+        ("qemu-nbd zlib", Writer::QemuNbd, Compression::Zlib),
+    ];
+    copy_into(c, "copy of noise", &PatternSource::full(SIZE, 16), &NOISE);
+    copy_into(c, "copy of what compresses", &PatternSource::full(SIZE, 4), &TEXT);
+}
+
+fn copy_into(c: &mut Criterion, name: &str, source: &PatternSource, forms: &[Form]) {
+    let mut group = c.benchmark_group(name);
     group.throughput(Throughput::Bytes(SIZE)).sample_size(10);
-    let (source, buffers) = (Noise::new(), BufferPool::new(MEMORY));
+    let buffers = BufferPool::new(MEMORY);
     let directory = tempfile::tempdir().expect("a temporary directory");
     let path = directory.path().join("layer.qcow2");
-    for parallel in [1, 16] {
-        group.bench_with_input(BenchmarkId::from_parameter(parallel), &parallel, |b, parallel| {
+    for (name, writer, compression) in forms {
+        group.bench_function(*name, |b| {
             b.iter(|| {
-                run(&source, &layer(&path), &buffers, *parallel);
+                run(source, &*layer(&path, *writer, *compression), &buffers, 16);
                 std::fs::remove_file(&path).expect("the layer is there");
             });
         });
@@ -139,16 +119,22 @@ fn copy_into_qemu_nbd(c: &mut Criterion) {
     group.finish();
 }
 
-fn layer(path: &Path) -> QemuNbdLayer {
+fn layer(path: &Path, writer: Writer, compression: Compression) -> Box<dyn LayerWriter> {
     let spec = LayerSpec {
         path: path.to_owned(),
         virtual_size: SIZE,
         backing: None,
         cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
-        compression: Compression::None,
+        compression,
         extended_l2: ExtendedL2::Auto,
     };
-    QemuNbdLayer::create(&spec, QemuNbdOptions::default()).expect("qemu-img and qemu-nbd are installed")
+    match writer {
+        Writer::QemuNbd => {
+            let layer = QemuNbdLayer::create(&spec, QemuNbdOptions::default());
+            Box::new(layer.expect("qemu-img and qemu-nbd are installed"))
+        }
+        _ => Box::new(NativeLayer::create(&spec).expect("a layer")),
+    }
 }
 
 fn zero_detection(c: &mut Criterion) {
@@ -159,5 +145,5 @@ fn zero_detection(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, copy_into_null, copy_into_qemu_nbd, zero_detection);
+criterion_group!(benches, copy_into_null, copy_into_files, zero_detection);
 criterion_main!(benches);

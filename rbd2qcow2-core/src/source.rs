@@ -8,6 +8,7 @@ use crate::extent::Extent;
 #[cfg(feature = "rbd")]
 pub mod librbd;
 pub mod memory;
+pub mod pattern;
 
 /// An error of an implementation underneath a trait of this crate.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync + 'static>;
