@@ -47,31 +47,32 @@ pub fn unpack(kind: CompressionType, packed: &[u8], cluster: &mut [u8]) -> Resul
 
 fn inflate(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
     let expected = cluster.len();
-    // Raw deflate with any window; QEMU writes one of 4 KiB.
-    let mut stream = Decompress::new(false);
-    let (mut used, mut found) = (0, 0);
-    loop {
-        // Behind the cluster only the mark of the end may follow: room for one byte more tells it
-        // from data.
-        let mut excess = [0];
-        let room = if found < expected { &mut cluster[found..] } else { &mut excess[..] };
-        let status = stream
-            .decompress(&packed[used..], room, FlushDecompress::None)
-            .map_err(|error| UnpackError::Damaged(error.to_string()))?;
-        let before = (used, found);
-        // Held by the lengths of the slices, so both fit.
-        used = usize::try_from(stream.total_in()).unwrap_or(packed.len());
-        found = usize::try_from(stream.total_out()).unwrap_or(usize::MAX);
-        if found > expected {
-            return Err(UnpackError::Long { expected });
-        }
-        match status {
-            Status::StreamEnd if found == expected => return Ok(()),
-            Status::StreamEnd => return Err(UnpackError::Short { found, expected }),
-            Status::Ok | Status::BufError if (used, found) == before => return Err(UnpackError::CutOff),
-            Status::Ok | Status::BufError => {}
+    match inflate_at_once(packed, cluster)? {
+        (Status::StreamEnd, found) if found == expected => Ok(()),
+        (Status::StreamEnd, found) => Err(UnpackError::Short { found, expected }),
+        (_, found) if found < expected => Err(UnpackError::CutOff),
+        _ => {
+            // Behind the cluster only the mark of the end may follow: room for one byte more tells
+            // data from the lack of it.
+            let (_, found) = inflate_at_once(packed, &mut vec![0; expected + 1])?;
+            Err(if found > expected { UnpackError::Long { expected } } else { UnpackError::CutOff })
         }
     }
+}
+
+/// Unpacks into the beginning of `target` as much as there is, or as fits. Returns how that ended, and
+/// how much it is.
+///
+/// In a single call, which finds references to what was before the beginning. Over several calls the
+/// decoder would keep a window of its own, full of zeroes at first, and take those for data.
+fn inflate_at_once(packed: &[u8], target: &mut [u8]) -> Result<(Status, usize), UnpackError> {
+    // Raw deflate with any window; QEMU writes one of 4 KiB.
+    let mut stream = Decompress::new(false);
+    let status = stream
+        .decompress(packed, target, FlushDecompress::Finish)
+        .map_err(|error| UnpackError::Damaged(error.to_string()))?;
+    // Held by the slice's length, so it fits.
+    Ok((status, usize::try_from(stream.total_out()).unwrap_or(target.len())))
 }
 
 /// QEMU allows for several frames, so this does too.
@@ -162,6 +163,26 @@ mod tests {
         let mut cluster = vec![0; data.len()];
         assert_eq!(unpack(CompressionType::Zstd, &packed, &mut cluster), Ok(()));
         assert!(cluster == data);
+    }
+
+    #[test]
+    fn a_reference_to_before_the_beginning_is_an_error() {
+        // The last block, of fixed codes: 258 bytes from one byte back, and the end.
+        let error = unpack(CompressionType::Zlib, &[0x1b, 0x05, 0x00], &mut [0; 258]).expect_err("damaged");
+        assert!(matches!(error, UnpackError::Damaged(_)), "{error}");
+        // The same behind one byte, 'A'.
+        let mut cluster = [0; 259];
+        assert_eq!(unpack(CompressionType::Zlib, &[0x73, 0x1c, 0x05, 0x00], &mut cluster), Ok(()));
+        assert_eq!(cluster, [b'A'; 259]);
+    }
+
+    #[test]
+    fn data_without_an_end_are_cut_off() {
+        let data = sample(4096);
+        let packed = deflate(&data);
+        // The end takes 7 bits or more.
+        let error = unpack(CompressionType::Zlib, &packed[..packed.len() - 1], &mut [0; 4096]);
+        assert_eq!(error, Err(UnpackError::CutOff));
     }
 
     #[test]
