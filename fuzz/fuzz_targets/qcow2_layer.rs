@@ -1,10 +1,12 @@
-//! A whole layer: its header, tables and compressed clusters.
+//! A whole layer: its header, tables, compressed clusters and refcounts.
 
 #![no_main]
 
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::qcow2::check::check;
 use rbd2qcow2_core::qcow2::layer::{LayerReader, Piece};
 
 /// How much of an image is mapped, whatever its size.
@@ -17,6 +19,8 @@ fuzz_target!(|bytes: &[u8]| {
     let Ok(layer) = LayerReader::from_source(Path::new("input"), bytes.to_vec(), bytes.len() as u64) else {
         return;
     };
+    // Damage is a finding; a layer without any, and one that cannot be read, are results too.
+    let _ = check(&layer, &Cancel::new(), &mut |_| {});
     let size = layer.virtual_size().min(MAPPED);
     let mut end = 0;
     let mut last = None;

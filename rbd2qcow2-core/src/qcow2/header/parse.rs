@@ -200,11 +200,10 @@ fn check_table(
         return Err(field(offset_field, table.offset, "a multiple of the cluster size, not 0"));
     }
     // Entries were limited before, so only the offset can be out of all bounds.
-    let needed = table.offset.saturating_add(table.entries * 8);
-    if needed > file_bytes {
-        return Err(HeaderError::Truncated { what, needed, file_bytes });
+    match table.offset.checked_add(table.entries * 8) {
+        Some(needed) if needed <= file_bytes => Ok(()),
+        needed => Err(HeaderError::Truncated { what, needed: needed.unwrap_or(u64::MAX), file_bytes }),
     }
-    Ok(())
 }
 
 /// Reads the backing file's name and, from the extensions, its format.
