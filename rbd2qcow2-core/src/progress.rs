@@ -22,9 +22,9 @@ pub struct Progress {
     pub to_read: Counter,
     /// Bytes read from the source.
     pub read: Counter,
-    /// Bytes handed to the layer as data.
+    /// Bytes that the layer holds as data. With compression more than has changed.
     pub data: Counter,
-    /// Bytes handed to the layer as zeroes.
+    /// Bytes that the layer holds as zeroes.
     pub zero: Counter,
     /// Extents of data that the diff reported.
     pub data_extents: Counter,

@@ -146,3 +146,117 @@ impl Held {
 }
 
 const _: () = assert!(SUBCLUSTERS == 32, "a bitmap has a bit for each");
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What each grain is, as extents: whole runs, or cut up.
+    fn pieces(grains: &[Option<ExtentKind>], shape: Shape, cuts: u64) -> Vec<Extent> {
+        let mut pieces: Vec<Extent> = Vec::new();
+        for (index, kind) in (0..).zip(grains) {
+            let start = index * shape.grain;
+            let range = start..(start + shape.grain).min(shape.virtual_size);
+            let Some(piece) = kind.and_then(|kind| Extent::new(range, kind)) else { continue };
+            match pieces.last_mut() {
+                Some(last) if last.end() == start && last.kind == piece.kind && index % cuts != 0 => {
+                    last.length += piece.length;
+                }
+                _ => pieces.push(piece),
+            }
+        }
+        pieces
+    }
+
+    fn kind() -> impl Strategy<Value = Option<ExtentKind>> {
+        prop_oneof![Just(None), Just(Some(ExtentKind::Data)), Just(Some(ExtentKind::Zero))]
+    }
+
+    fn grains() -> impl Strategy<Value = Vec<Option<ExtentKind>>> {
+        let run = (kind(), prop_oneof![3 => 1_usize..8, 1 => 1_usize..100]);
+        prop::collection::vec(run, 1..16)
+            .prop_map(|runs| runs.into_iter().flat_map(|(kind, length)| vec![kind; length]).collect())
+    }
+
+    fn to_extent(kind: SubclusterKind) -> Option<ExtentKind> {
+        match kind {
+            SubclusterKind::Data => Some(ExtentKind::Data),
+            SubclusterKind::Zero => Some(ExtentKind::Zero),
+            SubclusterKind::Absent => None,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn clusters_say_what_the_pieces_say(
+            grains in grains(), ragged in 1_u64..=8, extended in any::<bool>(), cuts in 2_u64..40
+        ) {
+            // Of 4 KiB grains, the last one short by some sectors.
+            let virtual_size = (grains.len() as u64) * 4096 - 4096 + ragged * 512;
+            let cluster_size = if extended { 32 * 4096 } else { 4096 };
+            let shape = Shape { grain: 4096, cluster_size, virtual_size };
+            // Pieces that are cut in a cluster are allowed too.
+            let changed = pieces(&grains, shape, cuts);
+            let mut found = vec![None; grains.len()];
+            let mut held = Held::new(shape);
+            let mut end = 0;
+            for changed in shape.clusters(&changed).unwrap() {
+                let mut put = |range: Range<u64>, kind| {
+                    for grain in range.start / 4096..range.end.div_ceil(4096) {
+                        let index = usize::try_from(grain).unwrap();
+                        assert!(found[index].is_none(), "grain {index} is said twice");
+                        found[index] = kind;
+                    }
+                };
+                let clusters = match changed {
+                    Changed::Zeroes(clusters) => {
+                        put(shape.range(clusters.clone()), Some(ExtentKind::Zero));
+                        held.clusters(clusters.clone(), ExtentKind::Zero);
+                        clusters
+                    }
+                    Changed::Whole(cluster) => {
+                        put(shape.range(cluster..cluster + 1), Some(ExtentKind::Data));
+                        held.clusters(cluster..cluster + 1, ExtentKind::Data);
+                        cluster..cluster + 1
+                    }
+                    Changed::Parts(cluster, parts) => {
+                        let whole = shape.range(cluster..cluster + 1);
+                        for (run, kind) in parts.runs() {
+                            let range = whole.start + run.start * 4096..whole.start + run.end * 4096;
+                            if kind != SubclusterKind::Absent {
+                                put(range.start..range.end.min(whole.end), to_extent(kind));
+                            }
+                        }
+                        held.parts(cluster, parts);
+                        cluster..cluster + 1
+                    }
+                };
+                prop_assert!(clusters.start >= end && !clusters.is_empty(), "each cluster comes once, in order");
+                end = clusters.end;
+            }
+            prop_assert_eq!(&found, &grains);
+            prop_assert_eq!(held.extents, pieces(&grains, shape, u64::MAX));
+        }
+    }
+
+    #[test]
+    fn pieces_that_are_no_grains_are_refused() {
+        let shape = Shape { grain: 4096, cluster_size: 32 * 4096, virtual_size: 40 * 4096 + 512 };
+        let piece = |offset, length| Extent { offset, length, kind: ExtentKind::Data };
+        assert!(shape.clusters(&[piece(40 * 4096, 512),]).is_ok());
+        for bad in [
+            vec![piece(512, 4096)],
+            vec![piece(0, 512)],
+            vec![piece(0, 0)],
+            vec![piece(40 * 4096, 4096)],
+            vec![piece(u64::MAX - 4095, 4096)],
+            vec![piece(4096, 4096), piece(0, 4096)],
+            vec![piece(0, 8192), piece(4096, 4096)],
+        ] {
+            let error = shape.clusters(&bad).expect_err("bad");
+            assert!(matches!(error, NativeError::BadPiece { .. }), "{error}");
+        }
+    }
+}
