@@ -26,6 +26,7 @@ use crate::driver::{Driver, Layout, Snap, Spec};
 mod content;
 
 use content::{Held, compare, merge};
+pub use content::{output, read_json};
 
 /// A destination, and what every point in it must hold.
 #[derive(Debug)]
@@ -102,6 +103,15 @@ impl Store {
             points: Vec::new(),
             frozen: BTreeMap::new(),
         }
+    }
+
+    /// A destination for each writer.
+    pub fn of_each_writer(cluster: &TestCluster) -> impl Iterator<Item = Self> {
+        [Writer::Native, Writer::QemuNbd].into_iter().map(|writer| {
+            let mut store = Self::new(cluster);
+            store.options.writer = writer;
+            store
+        })
     }
 
     /// An image that no other test uses.
@@ -476,22 +486,6 @@ pub fn why(report: &ImageReport) -> String {
 /// The image's name in file names.
 pub fn encoded(spec: &Spec) -> String {
     ImageName::new(&*spec.image).expect("a name").encoded()
-}
-
-/// Runs `qemu-img` and gives what it prints.
-///
-/// # Panics
-/// When it fails, as `qemu-img check` does for leaks too.
-pub fn output(qemu_img: &Path, arguments: &[&str], file: &Path) -> Vec<u8> {
-    let done = Command::new(qemu_img).args(arguments).arg(file).output().expect("qemu-img runs");
-    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
-    assert!(done.status.success(), "qemu-img {arguments:?} {}: {said}", file.display());
-    done.stdout
-}
-
-pub fn read_json(path: &Path) -> Value {
-    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    serde_json::from_slice(&bytes).expect("JSON")
 }
 
 fn text<'a>(manifest: &'a Value, key: &str) -> &'a str {

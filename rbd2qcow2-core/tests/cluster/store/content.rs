@@ -1,8 +1,11 @@
 //! What layers hold, and whether it is what they should.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
 
 use super::Made;
 
@@ -48,4 +51,20 @@ pub fn compare(truth: &Path, raw: &Path, made: &Made) {
             panic!("{made:?} differs from its snapshot at {}, {count} bytes", offset + first as u64);
         }
     }
+}
+
+/// Runs `qemu-img` and gives what it prints.
+///
+/// # Panics
+/// When it fails, as `qemu-img check` does for leaks too.
+pub fn output(qemu_img: &Path, arguments: &[&str], file: &Path) -> Vec<u8> {
+    let done = Command::new(qemu_img).args(arguments).arg(file).output().expect("qemu-img runs");
+    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    assert!(done.status.success(), "qemu-img {arguments:?} {}: {said}", file.display());
+    done.stdout
+}
+
+pub fn read_json(path: &Path) -> Value {
+    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    serde_json::from_slice(&bytes).expect("JSON")
 }
