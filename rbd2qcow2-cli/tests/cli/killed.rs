@@ -208,14 +208,15 @@ fn count(usual: usize) -> usize {
     if std::env::var("RBD2QCOW2_LONG").is_ok_and(|value| value == "1") { usual * 10 } else { usual }
 }
 
+/// Named to be the first of these, as it waits most of its time.
 #[test]
-fn at_random_moments() {
-    at_random_moments_with("random", UNLOCKED, count(25));
+fn an_image_with_the_exclusive_lock() {
+    at_random_moments_with("locked", FULL_FEATURES, count(6));
 }
 
 #[test]
-fn at_random_moments_with_the_exclusive_lock() {
-    at_random_moments_with("locked", FULL_FEATURES, count(6));
+fn at_random_moments() {
+    at_random_moments_with("random", UNLOCKED, count(25));
 }
 
 fn at_random_moments_with(name: &str, features: &'static [&'static str], rounds: usize) {
