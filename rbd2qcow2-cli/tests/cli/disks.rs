@@ -147,38 +147,47 @@ fn a_disk_that_hangs() {
     let cluster = cluster_or_skip!(TEST);
     let Some((mut rig, image)) = rig_on(TEST, &cluster, EXT4) else { return };
     let truth = rig.truth(&image, 0);
-    let cases: [(&[Signal], Option<i32>); 4] = [
-        (&[Signal::INT], Some(130)),
-        // The second ends the process at once, as far as the kernel lets it.
-        (&[Signal::INT, Signal::TERM], Some(130)),
-        (&[Signal::KILL], None),
-        (&[], Some(0)),
+    let [native, qemu_nbd] = WRITERS;
+    let (stop, end): (&[Signal], &[Signal]) = (&[Signal::INT], &[Signal::INT, Signal::TERM]);
+    // The second signal ends the process at once, as far as the kernel lets it.
+    let cases = [
+        (native, stop, Some(130)),
+        (native, end, Some(130)),
+        (native, &[Signal::KILL], None),
+        (native, &[], Some(0)),
+        (qemu_nbd, stop, Some(130)),
+        (qemu_nbd, end, Some(130)),
     ];
-    for (signals, status) in cases {
-        let mut running = rig.start_copy(&[&image], &["--rate-limit", "4M"]);
+    for (writer, signals, status) in cases {
+        let points = rig.layers(&image);
+        let mut running = rig.start_copy(&[&image], &with(writer, &["--full", "--rate-limit", "4M"]));
         on_disk(&mut rig, "fsfreeze -f \"$d\"");
-        wait_for("thread that hangs", || running.thread_states().contains(&'D').then_some(()));
+        wait_for("thread that hangs", || rig.thread_states().contains('D').then_some(()));
         signals.iter().for_each(|&signal| running.signal(signal));
         if signals.len() == 2 || signals == [Signal::KILL] {
-            // What is left of it is what the kernel holds.
-            let has_gone = |states: Vec<char>| states.iter().all(|state| "DXZ".contains(*state));
-            wait_for("end of all else", || has_gone(running.thread_states()).then_some(()));
+            // What is left is what the kernel holds.
+            let have_gone = |states: String| states.chars().all(|state| "DXZ".contains(state));
+            wait_for("end of all else", || have_gone(rig.thread_states()).then_some(()));
         }
-        let states: String = running.thread_states().into_iter().collect();
-        let ended = running.has_ended();
+        let (states, ended) = (rig.thread_states(), running.has_ended());
         on_disk(&mut rig, "fsfreeze -u \"$d\"");
         let (run, time) = running.wait_timed();
-        say(&format!(
-            "{signals:?} while the disk hangs: ended {ended}, threads {states}; {time:?} after it came back"
-        ));
-        assert_eq!(run.status, status, "{signals:?}: {run:?}");
-        assert!(time < STOP_LIMIT, "{signals:?}: {time:?}");
-        match signals {
-            [Signal::INT] => assert_nothing(&rig, &image),
-            [] => assert_newest(&rig, &image, &truth),
-            // The next run clears up.
-            _ => {}
+        let what = format!("{signals:?} while the disk of {writer:?} hangs");
+        say(&format!("{what}: ended {ended}, threads {states}; {time:?} after it came back"));
+        assert_eq!(run.status, status, "{what}: {run:?}");
+        assert!(time < STOP_LIMIT, "{what}: {time:?}");
+        rig.assert_no_process();
+        if status == Some(0) {
+            assert_newest(&rig, &image, &truth);
+        } else {
+            assert_eq!(rig.layers(&image), points);
+        }
+        if signals == stop {
+            rig.assert_tidy(&image);
         }
     }
+    // Whatever is left, the next run clears it up.
+    rig.back_up(&image, &[]);
+    assert_newest(&rig, &image, &truth);
     rig.driver.purge(&image).expect("removed");
 }

@@ -194,6 +194,16 @@ impl Rig {
         inside.map(|pid| (pid, command_line(pid))).collect()
     }
 
+    /// The states of all threads of these processes, as the letters that `ps` shows.
+    pub fn thread_states(&self) -> String {
+        let tasks = |pid: u32| std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let state = |task: std::fs::DirEntry| {
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            status.split_once("\nState:\t").and_then(|(_, rest)| rest.chars().next())
+        };
+        self.processes().into_keys().flat_map(tasks).filter_map(state).collect()
+    }
+
     /// The qemu-nbd that writes into the destination, once there is one.
     pub fn wait_for_qemu_nbd(&self) -> Pid {
         let is_server =
@@ -310,17 +320,6 @@ impl Running {
         let stdout = Collector::start(child.stdout.take().expect("piped"));
         let stderr = Collector::start(child.stderr.take().expect("piped"));
         Self { child, stdout, stderr }
-    }
-
-    /// States of its threads, the letters that `ps` shows.
-    pub fn thread_states(&self) -> Vec<char> {
-        let tasks =
-            std::fs::read_dir(format!("/proc/{}/task", self.child.id())).into_iter().flatten().flatten();
-        let state = |task: std::fs::DirEntry| {
-            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
-            status.split_once("\nState:\t").and_then(|(_, rest)| rest.chars().next())
-        };
-        tasks.filter_map(state).collect()
     }
 
     pub fn signal(&self, signal: Signal) {
