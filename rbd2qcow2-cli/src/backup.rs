@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::rbd::ClusterOptions;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::args::{BackupArgs, OutputArgs};
@@ -61,5 +61,8 @@ fn stop_on_signals() -> std::io::Result<Cancel> {
         flag::register_conditional_shutdown(signal, Outcome::Interrupted.status(), Arc::clone(&flag))?;
         flag::register(signal, Arc::clone(&flag))?;
     }
+    // Where there is a limit on the size of files, the write that meets it shall fail, not end the
+    // process; and a file that stays below may be made longer than that for a while.
+    flag::register(SIGXFSZ, Arc::default())?;
     Ok(Cancel::from_flag(flag))
 }

@@ -12,6 +12,8 @@ mod backup;
 mod cluster;
 #[path = "cli/directory.rs"]
 mod directory;
+#[path = "cli/disks.rs"]
+mod disks;
 #[allow(dead_code)]
 #[path = "../../rbd2qcow2-core/tests/cluster/driver.rs"]
 mod driver;
@@ -23,9 +25,13 @@ mod frozen;
 mod killed;
 #[path = "cli/list.rs"]
 mod list;
+#[path = "cli/mount.rs"]
+mod mount;
 #[path = "cli/program.rs"]
 mod program;
 #[path = "cli/rig.rs"]
 mod rig;
 #[path = "cli/usage.rs"]
 mod usage;
+#[path = "cli/writers.rs"]
+mod writers;

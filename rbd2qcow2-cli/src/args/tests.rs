@@ -46,7 +46,7 @@ fn defaults_are_those_of_the_library() {
 fn every_option_of_backup_arrives() {
     let run = run_of(
         "backup rbd/ns /backups a b --exclude x* --exclude y* -j 2 -p 256 --writer qemu-nbd \
-         --compression zstd --cluster-size 128K --diff scan --full --keep-snapshots 3 --rate-limit 10M \
+         --compression zstd --cluster-size 128K --no-extended-l2 --diff scan --full --keep-snapshots 3 --rate-limit 10M \
          --dry-run --timeout 7 --qemu-img /q/img --qemu-nbd /q/nbd",
     );
     assert_eq!((run.pool.as_str(), run.namespace.as_str()), ("rbd", "ns"));
@@ -54,6 +54,8 @@ fn every_option_of_backup_arrives() {
     assert_eq!(run.jobs, 2);
     let options = run.options;
     assert_eq!(options.parallel, 256);
+    assert_eq!(options.writer, Writer::QemuNbd);
+    assert_eq!(options.extended_l2, ExtendedL2::Off);
     assert_eq!(options.compression, Compression::Zstd { level: None });
     assert_eq!(options.cluster_size, Some(131_072));
     assert_eq!(options.diff, DiffMode::Scan);
@@ -63,6 +65,16 @@ fn every_option_of_backup_arrives() {
     assert_eq!(options.patience, Duration::from_secs(7));
     assert_eq!(options.qemu_img, PathBuf::from("/q/img"));
     assert_eq!(options.qemu_nbd, PathBuf::from("/q/nbd"));
+}
+
+#[test]
+fn the_native_writer_has_levels() {
+    let options = run_of("backup rbd /d --writer native --compression zstd:22").options;
+    assert_eq!(
+        (options.writer, options.compression),
+        (Writer::Native, Compression::Zstd { level: Some(22) })
+    );
+    assert_eq!(run_of("backup rbd /d --compression zstd:3").options.writer, Writer::Native);
 }
 
 #[test]
@@ -87,7 +99,8 @@ fn conflicts_are_found_across_the_subcommand() {
 
 #[test]
 fn a_level_is_refused_for_its_reason() {
-    assert!(refusal("backup rbd /d --compression zstd:3").contains("qemu-nbd cannot set a level"));
+    let line = "backup rbd /d --writer qemu-nbd --compression zstd:3";
+    assert!(refusal(line).contains("qemu-nbd cannot set a level"));
     assert!(refusal("backup rbd /d --compression zstd:23").contains("from 1 to 22"));
 }
 
@@ -105,7 +118,7 @@ fn wrong_usage_is_refused() {
         "backup rbd /d -p 0",
         "backup rbd /d -p 257",
         "backup rbd /d --keep-snapshots 0",
-        "backup rbd /d --writer native",
+        "backup rbd /d --writer dd",
         "backup rbd /d --compression lz4",
         "backup rbd /d --cluster-size 3K",
         "backup rbd /d --diff quick",

@@ -7,23 +7,23 @@ use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 
-use crate::cluster::{POOL, TestCluster, say, skip, unique_image};
+use crate::cluster::{POOL, TestCluster, say, unique_image};
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Spec};
 use crate::program;
-use crate::rig::{MIB, Rig, Running, STOP_LIMIT, assert_point, names_in, point_of, wait_for_qemu_nbd};
+use crate::rig::{MIB, Rig, Running, STOP_LIMIT, WRITERS, assert_point, names_in, point_of, with};
 
 /// Size of the images in MiB; every other one holds data.
 const SIZE: u64 = 16;
 
 /// A rig with one image, which has a point.
-struct Scene {
-    rig: Rig,
-    image: Spec,
+pub struct Scene {
+    pub rig: Rig,
+    pub image: Spec,
 }
 
 impl Scene {
-    fn new(cluster: &TestCluster, name: &str) -> Self {
+    pub fn new(cluster: &TestCluster, name: &str) -> Self {
         let (rig, image) = (Rig::new(cluster), unique_image(name));
         rig.image(&image, SIZE, FULL_FEATURES);
         rig.back_up(&image, &[]);
@@ -31,13 +31,13 @@ impl Scene {
     }
 
     /// Changes the image, so that the next backup has something to copy; gives what it then holds.
-    fn change(&self, number: usize) -> PathBuf {
+    pub fn change(&self, number: usize) -> PathBuf {
         self.rig.change(&self.image, MIB, 6 * MIB, number as u64);
         self.rig.truth(&self.image, number)
     }
 
     /// A run that must fail and say all of `words`, without a trace of it.
-    fn fails(&self, command: Command, words: &[&str]) -> program::Run {
+    pub fn fails(&self, command: Command, words: &[&str]) -> program::Run {
         let points = self.rig.layers(&self.image);
         let run = fails(command, words);
         assert_eq!(self.rig.layers(&self.image), points);
@@ -65,7 +65,7 @@ impl Drop for Scene {
 }
 
 /// A run that must fail and say all of `words`.
-fn fails(command: Command, words: &[&str]) -> program::Run {
+pub fn fails(command: Command, words: &[&str]) -> program::Run {
     let run = Running::start(command).wait();
     assert_eq!(run.status, Some(1), "{run:?}");
     for word in words {
@@ -163,63 +163,10 @@ fn unusable_qemu_tools_are_told() {
         ("--qemu-nbd", &hasty, &["hasty ended with exit status 3", "out of luck"]),
     ];
     for (option, program, words) in cases {
-        scene.fails(scene.rig.backup(&scene.image, &[option, program]), words);
+        let arguments = ["--writer", "qemu-nbd", option, program];
+        scene.fails(scene.rig.backup(&scene.image, &arguments), words);
     }
     scene.recovers(&truth);
-}
-
-/// `sh -c SCRIPT` in a mount namespace of its own, whose mounts end with it: `$1` is the destination,
-/// `"$@"` after a `shift` the backup. `None`, said aloud, where this may not mount.
-fn with_mounts(test: &str, rig: &Rig, image: &Spec, text: &str) -> Option<Command> {
-    let probe = "mount -t tmpfs tmpfs \"$1\"";
-    let status = Command::new("unshare").args(["-m", "sh", "-c", probe, "sh"]).arg(rig.dest()).output();
-    if !status.is_ok_and(|output| output.status.success()) {
-        skip(test, "no file systems can be mounted here (unshare -m, as root)");
-        return None;
-    }
-    let backup = rig.backup(image, &[]);
-    let mut command = Command::new("unshare");
-    command.args(["-m", "sh", "-ec", text, "sh"]).arg(rig.dest());
-    command.arg(backup.get_program()).args(backup.get_args());
-    for (name, value) in backup.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
-    Some(command)
-}
-
-#[test]
-fn a_read_only_destination_is_told() {
-    const TEST: &str = "faults::a_read_only_destination_is_told";
-    let cluster = cluster_or_skip!(TEST);
-    let scene = Scene::new(&cluster, "read-only");
-    let text = "d=$1; shift; mount --bind \"$d\" \"$d\"; mount -o remount,bind,ro \"$d\"; exec \"$@\"";
-    let Some(command) = with_mounts(TEST, &scene.rig, &scene.image, text) else { return };
-    scene.fails(command, &["cannot be written to", "read-only"]);
-}
-
-#[test]
-fn a_full_destination_keeps_nothing() {
-    const TEST: &str = "faults::a_full_destination_keeps_nothing";
-    let cluster = cluster_or_skip!(TEST);
-    let (rig, image) = (Rig::new(&cluster), unique_image("full"));
-    rig.image(&image, SIZE, FULL_FEATURES);
-    // Too small, then with enough room.
-    let text = "d=$1; shift; mount -t tmpfs -o size=3m tmpfs \"$d\"
-        s=0; \"$@\" || s=$?; echo \"status $s\"; ls -A \"$d\"/*
-        mount -o remount,size=64m \"$d\"; \"$@\"; ls -A \"$d\"/*";
-    let Some(command) = with_mounts(TEST, &rig, &image, text) else { return };
-    let run = Running::start(command).wait();
-    assert_eq!(run.status, Some(0), "{run:?}");
-    assert!(run.stderr.contains("No space left"), "{}", run.stderr);
-    let lines: Vec<_> = run.stdout.lines().collect();
-    assert_eq!(lines[..2], ["status 1", ".lock"], "{run:?}");
-    assert_eq!(lines.len(), 2 + 4, "a point and the lock: {run:?}");
-    let snapshots = rig.snapshots(&image);
-    assert_eq!(snapshots.len(), 1, "{snapshots:?}");
-    rig.driver.purge(&image).expect("removed");
 }
 
 #[test]
@@ -275,17 +222,23 @@ fn a_chain_that_is_being_written_is_left_alone() {
     let cluster = cluster_or_skip!("faults::a_chain_that_is_being_written_is_left_alone");
     let scene = Scene::new(&cluster, "locked");
     let truth = scene.change(1);
-    let mut first = Running::start(scene.rig.backup(&scene.image, &["--rate-limit", "4M"]));
-    wait_for_qemu_nbd(scene.rig.dest());
-    let second =
-        fails(scene.rig.backup(&scene.image, &["--json"]), &["another run is writing this chain: process"]);
-    assert!(!first.has_ended(), "the second run has waited for the first");
-    assert!(second.stdout.contains("another run is writing"), "{}", second.stdout);
-    let first = first.wait();
-    assert_eq!(first.status, Some(0), "{first:?}");
-    assert_point(scene.rig.layers(&scene.image).last().expect("a point"), &truth);
-    scene.rig.assert_tidy(&scene.image);
-    scene.rig.assert_only_the_newest_snapshot(&scene.image);
+    // A chain belongs to whoever writes it, by whichever writer.
+    for (writer, other) in [(WRITERS[0], WRITERS[1]), (WRITERS[1], WRITERS[0])] {
+        // Enough to copy for every round.
+        let arguments = with(writer, &["--full", "--rate-limit", "4M"]);
+        let mut first = scene.rig.start_copy(&[&scene.image], &arguments);
+        let second = fails(
+            scene.rig.backup(&scene.image, &with(other, &["--json"])),
+            &["another run is writing this chain: process"],
+        );
+        assert!(!first.has_ended(), "the second run has waited for the first");
+        assert!(second.stdout.contains("another run is writing"), "{}", second.stdout);
+        let first = first.wait();
+        assert_eq!(first.status, Some(0), "{first:?}");
+        assert_point(scene.rig.layers(&scene.image).last().expect("a point"), &truth);
+        scene.rig.assert_tidy(&scene.image);
+        scene.rig.assert_only_the_newest_snapshot(&scene.image);
+    }
 }
 
 #[test]
@@ -422,14 +375,14 @@ fn signals_in_the_middle_of_a_copy() {
     let cluster = cluster_or_skip!("faults::signals_in_the_middle_of_a_copy");
     let scene = Scene::new(&cluster, "signals");
     let truth = scene.change(1);
-    for signal in [Signal::INT, Signal::TERM] {
+    let signals = [Signal::INT, Signal::TERM];
+    for (signal, writer) in signals.into_iter().flat_map(|signal| WRITERS.map(|writer| (signal, writer))) {
         let points = scene.rig.layers(&scene.image);
-        let mut running =
-            Running::start(scene.rig.backup(&scene.image, &["--rate-limit", "1M", "-v", "--json"]));
-        running.wait_for_words("is written through");
+        let arguments = with(writer, &["--rate-limit", "1M", "--json"]);
+        let running = scene.rig.start_copy(&[&scene.image], &arguments);
         running.signal(signal);
         let (run, time) = running.wait_timed();
-        say(&format!("{signal:?} in the middle of a copy: ended after {time:?}"));
+        say(&format!("{signal:?} in the middle of a copy, {writer:?}: ended after {time:?}"));
         assert_eq!(run.status, Some(130), "{run:?}");
         assert!(time < STOP_LIMIT, "{time:?}");
         assert!(run.stderr.contains("interrupted") && run.stdout.contains("interrupted"), "{run:?}");

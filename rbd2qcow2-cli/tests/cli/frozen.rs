@@ -14,16 +14,16 @@ use crate::cluster::{OwnCluster, say, unique_image};
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Spec};
 use crate::program;
-use crate::rig::{MIB, Rig, Running, STOP_LIMIT, assert_point, wait_for, wait_for_qemu_nbd};
+use crate::rig::{MIB, Rig, Running, STOP_LIMIT, WRITERS, assert_point, wait_for, with};
 
 /// Size of the images in MiB; every other one holds data.
 const SIZE: u64 = 24;
 
 /// Reads slowly enough to be met in the middle.
-const SLOW: &[&str] = &["--rate-limit", "4M", "-v"];
+const SLOW: &[&str] = &["--rate-limit", "4M"];
 
 /// With an answer to be had within two seconds.
-const HASTY: &[&str] = &["--rate-limit", "4M", "-v", "--timeout", "2"];
+const HASTY: &[&str] = &["--rate-limit", "4M", "--timeout", "2"];
 
 fn image(rig: &Rig, name: &str) -> Spec {
     let image = unique_image(name);
@@ -58,8 +58,7 @@ fn an_osd() {
     let truth = rig.truth(&image, 0);
 
     // Gone and back: the reads wait.
-    let mut running = Running::start(rig.backup(&image, SLOW));
-    running.wait_for_words("is written through");
+    let mut running = rig.start_copy(&[&image], SLOW);
     own.stop_osd();
     std::thread::sleep(Duration::from_secs(1));
     assert!(!running.has_ended(), "it did not need the OSD");
@@ -72,14 +71,16 @@ fn an_osd() {
     // Stopped by the user while reads hang.
     rig.change(&image, 0, 16 * MIB, 1);
     let truth = rig.truth(&image, 1);
-    for signal in [Signal::INT, Signal::TERM] {
+    let [native, qemu_nbd] = WRITERS;
+    for (signal, writer) in
+        [(Signal::INT, native), (Signal::TERM, qemu_nbd), (Signal::TERM, native), (Signal::INT, qemu_nbd)]
+    {
         let points = rig.layers(&image);
-        let mut running = Running::start(rig.backup(&image, SLOW));
-        running.wait_for_words("is written through");
+        let running = rig.start_copy(&[&image], &with(SLOW, writer));
         own.pause_osd();
         std::thread::sleep(Duration::from_millis(500));
         running.signal(signal);
-        let run = ends_soon(&format!("{signal:?} while an OSD is frozen"), running, 130);
+        let run = ends_soon(&format!("{signal:?} while an OSD is frozen, {writer:?}"), running, 130);
         assert!(run.stderr.contains("interrupted"), "{}", run.stderr);
         assert_eq!(rig.layers(&image), points);
         // The snapshot cannot go away now, the files can.
@@ -92,14 +93,15 @@ fn an_osd() {
     // A second signal does not wait for anything.
     rig.change(&image, 0, 16 * MIB, 2);
     let truth = rig.truth(&image, 2);
-    let mut running = Running::start(rig.backup(&image, SLOW));
-    running.wait_for_words("is written through");
-    own.pause_osd();
-    running.signal(Signal::INT);
-    std::thread::sleep(Duration::from_millis(300));
-    running.signal(Signal::INT);
-    ends_soon("the second SIGINT", running, 130);
-    own.resume_osd();
+    for writer in WRITERS {
+        let running = rig.start_copy(&[&image], &with(SLOW, writer));
+        own.pause_osd();
+        running.signal(Signal::INT);
+        std::thread::sleep(Duration::from_millis(300));
+        running.signal(Signal::INT);
+        ends_soon(&format!("the second SIGINT, {writer:?}"), running, 130);
+        own.resume_osd();
+    }
     recovers(&rig, &image, &truth);
 }
 
@@ -171,10 +173,7 @@ fn the_monitors() {
 
     // Gone before the second image's snapshot is taken.
     let both = |arguments: &[&str]| {
-        let mut all = arguments.to_vec();
-        all.extend(["--jobs", "1", "--full"]);
-        let mut running = Running::start(rig.backup_to(rig.dest(), &[&first, &second], &all));
-        running.wait_for_words("is written through");
+        let running = rig.start_copy(&[&first, &second], &with(arguments, &["--jobs", "1", "--full"]));
         own.pause_mon();
         let note = rig.directory(&second).join(".pending.json");
         wait_for("note about a snapshot", || note.exists().then_some(()));
@@ -189,7 +188,7 @@ fn the_monitors() {
     assert_point(rig.layers(&first).last().expect("a point"), &truths[0]);
     recovers(&rig, &second, &truths[1]);
 
-    let run = ends_soon_after_limit(both(HASTY));
+    let run = ends_soon_after_limit(both(&with(HASTY, WRITERS[1])));
     assert!(
         run.stderr.contains("create snapshot") && run.stderr.contains("gave no answer for 2 s"),
         "{run:?}"
@@ -201,10 +200,7 @@ fn the_monitors() {
     // The request for a snapshot is given up, and comes true all the same, before the run ends.
     let others = ["third", "fourth", "fifth"].map(|name| self::image(&rig, name));
     let truth = rig.truth(&others[1], 0);
-    let mut hasty = HASTY.to_vec();
-    hasty.extend(["--jobs", "1"]);
-    let mut running = Running::start(rig.backup_to(rig.dest(), &others.each_ref(), &hasty));
-    running.wait_for_words("is written through");
+    let mut running = rig.start_copy(&others.each_ref(), &with(HASTY, &["--jobs", "1"]));
     own.pause_mon();
     running.wait_for_words("create snapshot");
     own.resume_mon();
@@ -222,18 +218,19 @@ fn ends_soon_after_limit(running: Running) -> program::Run {
     run
 }
 
-/// qemu-nbd stands for the disk here: one that hangs hangs qemu-nbd.
+/// qemu-nbd stands for the disk here: one that hangs hangs qemu-nbd. What a disk does to a thread of
+/// this program is in `disks`.
 #[test]
-fn the_disk() {
-    let cluster = cluster_or_skip!("frozen::the_disk");
+fn the_disk_of_qemu_nbd() {
+    let cluster = cluster_or_skip!("frozen::the_disk_of_qemu_nbd");
     let rig = Rig::new(&cluster);
     let image = image(&rig, "disk");
     let truth = rig.truth(&image, 0);
     // In the middle of the copy, and when all is read and waits to be written.
-    for arguments in [SLOW, &["--rate-limit", "24M", "-v"]] {
-        let mut running = Running::start(rig.backup(&image, arguments));
-        running.wait_for_words("is written through");
-        kill_process(wait_for_qemu_nbd(rig.dest()), Signal::STOP).expect("it runs");
+    for rate in ["4M", "24M"] {
+        let arguments = with(WRITERS[1], &["--rate-limit", rate]);
+        let mut running = rig.start_copy(&[&image], &arguments);
+        kill_process(rig.wait_for_qemu_nbd(), Signal::STOP).expect("it runs");
         std::thread::sleep(Duration::from_millis(1500));
         assert!(!running.has_ended(), "it did not need qemu-nbd");
         running.signal(Signal::INT);

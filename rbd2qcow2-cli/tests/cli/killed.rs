@@ -10,7 +10,7 @@ use rustix::process::{Signal, kill_process};
 use crate::cluster::{TestCluster, say, unique_image};
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Spec};
-use crate::rig::{HANG, MIB, Rig, Running, assert_point, names_in, point_of, wait_for_qemu_nbd};
+use crate::rig::{HANG, MIB, Rig, Running, WRITERS, assert_point, names_in, point_of, with};
 
 /// Size of the images in MiB; every other one holds data. Enough that a copy can be met in its middle.
 const SIZE: u64 = 32;
@@ -31,6 +31,14 @@ enum Kind {
 }
 
 const KINDS: [Kind; 3] = [Kind::First, Kind::Full, Kind::Incremental];
+
+/// How layers are written, as options. Not a multiple of the kinds, so that all pairs are met.
+const FORMS: [&[&str]; 4] = [
+    WRITERS[0],
+    &["--writer", "native", "--compression", "zstd:9"],
+    WRITERS[1],
+    &["--writer", "native", "--compression", "zlib"],
+];
 
 /// What a killed run had come to, judged by what it left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,6 +87,9 @@ impl<'a> Victim<'a> {
             self.rig.back_up(&self.image, &[]);
             self.adopt();
         }
+        // Something that can be packed, and something that cannot.
+        let (place, byte) = (random.below(SIZE) * MIB, random.below(255) as u8 + 1);
+        self.rig.driver.fill(&self.image, place, MIB, byte).expect("filled");
         let offset = random.below(SIZE - 4) * MIB;
         self.rig.change(&self.image, offset, 3 * MIB + 4096, random.next());
         self.contents += 1;
@@ -99,9 +110,9 @@ impl<'a> Victim<'a> {
         self.points.clear();
     }
 
-    fn start(&self, kind: Kind) -> Running {
-        let arguments: &[&str] = if kind == Kind::Full { &["--full"] } else { &[] };
-        Running::start(self.rig.backup(&self.image, arguments))
+    fn start(&self, kind: Kind, arguments: &[&str]) -> Running {
+        let full: &[&str] = if kind == Kind::Full { &["--full"] } else { &[] };
+        Running::start(self.rig.backup(&self.image, &with(arguments, full)))
     }
 
     /// Counts what the last run made as a point of the present content, and says whether it made one.
@@ -197,14 +208,15 @@ fn count(usual: usize) -> usize {
     if std::env::var("RBD2QCOW2_LONG").is_ok_and(|value| value == "1") { usual * 10 } else { usual }
 }
 
+/// Named to be the first of these, as it waits most of its time.
 #[test]
-fn at_random_moments() {
-    at_random_moments_with("random", UNLOCKED, count(25));
+fn an_image_with_the_exclusive_lock() {
+    at_random_moments_with("locked", FULL_FEATURES, count(6));
 }
 
 #[test]
-fn at_random_moments_with_the_exclusive_lock() {
-    at_random_moments_with("locked", FULL_FEATURES, count(6));
+fn at_random_moments() {
+    at_random_moments_with("random", UNLOCKED, count(25));
 }
 
 fn at_random_moments_with(name: &str, features: &'static [&'static str], rounds: usize) {
@@ -213,25 +225,25 @@ fn at_random_moments_with(name: &str, features: &'static [&'static str], rounds:
     let mut random = Random::of_this_run(&test);
     let rig = Rig::new(&cluster);
     let mut victim = Victim::new(&rig, name, features);
-    // How long each kind takes at best when it is left alone.
+    // How long each kind takes when it is left alone.
     let mut times = BTreeMap::new();
-    for kind in KINDS.into_iter().chain(KINDS) {
+    for round in 0..rounds.min(FORMS.len() * KINDS.len()) {
+        let (form, kind) = (round % FORMS.len(), KINDS[round % KINDS.len()]);
         victim.prepare(kind, &mut random);
         let start = Instant::now();
-        let run = victim.start(kind).wait();
+        let run = victim.start(kind, FORMS[form]).wait();
         assert_eq!(run.status, Some(0), "{run:?}");
-        let time = times.entry(kind).or_insert(Duration::MAX);
-        *time = start.elapsed().min(*time);
+        times.insert((form, kind), start.elapsed());
         assert!(victim.adopt());
     }
 
     let (mut reached, mut killed, mut orphans) = (BTreeMap::new(), 0, 0);
     for round in 0..rounds {
-        let kind = KINDS[round % KINDS.len()];
+        let (form, kind) = (round % FORMS.len(), KINDS[round % KINDS.len()]);
         victim.prepare(kind, &mut random);
         let before = names_in(&rig.directory(&victim.image));
-        let moment = random.time_below(times[&kind]);
-        let running = victim.start(kind);
+        let moment = random.time_below(times[&(form, kind)]);
+        let running = victim.start(kind, FORMS[form]);
         std::thread::sleep(moment);
         killed += usize::from(running.kill());
         *reached.entry(victim.reached(&before)).or_insert(0) += 1;
@@ -264,6 +276,7 @@ fn at_each_stage() {
         Reached::Cleared,
     ];
     let (mut reached, mut orphans) = (BTreeMap::new(), 0);
+    let mut forms = FORMS.into_iter().cycle();
     for _ in 0..count(1) {
         for stage in stages {
             for kind in [Kind::First, Kind::Incremental] {
@@ -273,7 +286,9 @@ fn at_each_stage() {
                 }
                 victim.prepare(kind, &mut random);
                 let before = names_in(&rig.directory(&victim.image));
-                let mut running = victim.start(kind);
+                // What shall be met before its end must not be over in a moment.
+                let slow: &[&str] = if stage < Reached::Sealed { &["--rate-limit", "16M"] } else { &[] };
+                let mut running = victim.start(kind, &with(forms.next().expect("a cycle"), slow));
                 let deadline = Instant::now() + HANG;
                 // Without a pause: some stages last as long as one system call.
                 while victim.reached(&before) < stage && !running.has_ended() {
@@ -323,10 +338,11 @@ fn qemu_nbd_in_the_middle() {
     victim.adopt();
     rig.change(&victim.image, 0, 24 * MIB, 1);
     victim.truth = rig.truth(&victim.image, 1);
-    let mut running = Running::start(rig.backup(&victim.image, &["--rate-limit", "1M", "-v"]));
+    let arguments = with(WRITERS[1], &["--rate-limit", "1M", "-v"]);
+    let mut running = Running::start(rig.backup(&victim.image, &arguments));
     // A server that dies before it has answered is started once more, in another mode.
     running.wait_for_words("is written through");
-    let server = wait_for_qemu_nbd(rig.dest());
+    let server = rig.wait_for_qemu_nbd();
     kill_process(server, Signal::KILL).expect("it runs");
     let run = running.wait();
     assert_eq!(run.status, Some(1), "{run:?}");

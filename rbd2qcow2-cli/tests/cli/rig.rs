@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::cluster::TestCluster;
 use crate::driver::{Driver, Layout, Spec};
+use crate::mount::Mount;
 use crate::program;
 
 /// The longest that a test waits for anything. Only a hang takes as long.
@@ -26,11 +28,24 @@ pub const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 pub const MIB: u64 = 1 << 20;
 
+/// What writes layers, as options.
+pub const WRITERS: [&[&str]; 2] = [&["--writer", "native"], &["--writer", "qemu-nbd"]];
+
+/// Options, and more of them.
+pub fn with<'a>(some: &[&'a str], more: &[&'a str]) -> Vec<&'a str> {
+    [some, more].concat()
+}
+
+/// A layer that takes so much of the disk holds data; an empty one has less than this in its tables.
+const SOME_DATA: u64 = MIB;
+
 /// A cluster, a client of it to write images with, and a destination.
 #[derive(Debug)]
 pub struct Rig {
     pub conf: PathBuf,
     pub driver: Driver,
+    /// The destination's own file system, where it has one.
+    pub mount: Option<Mount>,
     dest: TempDir,
     /// What points must hold: a raw copy of the image as it was, by its number.
     truths: TempDir,
@@ -39,16 +54,24 @@ pub struct Rig {
 impl Rig {
     pub fn new(cluster: &TestCluster) -> Self {
         let temporary = || TempDir::new().expect("a temporary directory");
-        Self { conf: cluster.conf.clone(), driver: cluster.driver(), dest: temporary(), truths: temporary() }
+        Self {
+            conf: cluster.conf.clone(),
+            driver: cluster.driver(),
+            mount: None,
+            dest: temporary(),
+            truths: temporary(),
+        }
     }
 
+    /// The destination, as the program sees it.
     pub fn dest(&self) -> &Path {
         self.dest.path()
     }
 
     /// Where the points of an image with a plain name are.
     pub fn directory(&self, image: &Spec) -> PathBuf {
-        self.dest().join(&image.image)
+        let dest = self.mount.as_ref().map_or_else(|| self.dest().to_owned(), Mount::seen_from_outside);
+        dest.join(&image.image)
     }
 
     /// Makes an image of `size` MiB, with data in every other MiB.
@@ -82,7 +105,28 @@ impl Rig {
         let mut command = program::command();
         command.arg("-c").arg(&self.conf).arg("backup").args(arguments);
         command.arg(&images[0].pool).arg(dest).args(images.iter().map(|image| &image.image));
-        command
+        self.mount.as_ref().map(|mount| mount.inside(&command)).unwrap_or(command)
+    }
+
+    /// A backup that has got into the middle of its copy: data is in the layer. The options must make
+    /// it slow enough to stay there for a while.
+    pub fn start_copy(&self, images: &[&Spec], arguments: &[&str]) -> Running {
+        let mut running = Running::start(self.backup_to(self.dest(), images, arguments));
+        wait_for("data in a layer", || {
+            let copying = images.iter().any(|image| self.bytes_under_way(image) >= SOME_DATA);
+            assert!(copying || !running.has_ended(), "ended before: {}", running.stderr.so_far());
+            copying.then_some(())
+        });
+        running
+    }
+
+    /// What a layer that is not finished takes on the disk, in bytes.
+    fn bytes_under_way(&self, image: &Spec) -> u64 {
+        let names = names_in(&self.directory(image));
+        let layers = names.iter().filter(|name| name.ends_with(".qcow2.partial"));
+        // It may get its name, or be removed, meanwhile.
+        let found = layers.filter_map(|name| self.directory(image).join(name).metadata().ok());
+        found.map(|layer| layer.blocks() * 512).max().unwrap_or(0)
     }
 
     /// Backs an image up, which must succeed, and gives what it said.
@@ -128,7 +172,7 @@ impl Rig {
     pub fn assert_no_process(&self) {
         let deadline = Instant::now() + STOP_LIMIT;
         loop {
-            let left = processes_in(self.dest());
+            let left = self.processes();
             if left.is_empty() {
                 return;
             }
@@ -136,6 +180,47 @@ impl Rig {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+
+    /// Processes that work in the destination or have a file of it open, with their command lines. The
+    /// shell above qemu-nbd does the one, qemu-nbd the other.
+    fn processes(&self) -> BTreeMap<u32, String> {
+        let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        let inside = pids.filter(|&pid| match &self.mount {
+            // Nobody outside of the namespace can.
+            Some(mount) => mount.is_inhabitant(pid),
+            None => works_in(self.dest(), pid),
+        });
+        inside.map(|pid| (pid, command_line(pid))).collect()
+    }
+
+    /// The states of all threads of these processes, as the letters that `ps` shows.
+    pub fn thread_states(&self) -> String {
+        let tasks = |pid: u32| std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let state = |task: std::fs::DirEntry| {
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            status.split_once("\nState:\t").and_then(|(_, rest)| rest.chars().next())
+        };
+        self.processes().into_keys().flat_map(tasks).filter_map(state).collect()
+    }
+
+    /// The qemu-nbd that writes into the destination, once there is one.
+    pub fn wait_for_qemu_nbd(&self) -> Pid {
+        let is_server =
+            |line: &str| line.split_whitespace().next().is_some_and(|name| name.ends_with("qemu-nbd"));
+        let found = wait_for("qemu-nbd", || {
+            self.processes().into_iter().find(|(_, line)| is_server(line)).map(|(pid, _)| pid)
+        });
+        Pid::from_raw(i32::try_from(found).expect("a pid")).expect("not 0")
+    }
+}
+
+fn works_in(directory: &Path, pid: u32) -> bool {
+    let directory = directory.canonicalize().expect("the destination is there");
+    let is_inside = |link: &Path| std::fs::read_link(link).is_ok_and(|place| place.starts_with(&directory));
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let mut files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
+    is_inside(&process.join("cwd")) || files.any(|file| is_inside(&file.path()))
 }
 
 /// Whether a point reads as the image did, and its file is sound.
@@ -172,34 +257,9 @@ fn is_layer(name: &str) -> bool {
     !name.starts_with('.') && name.ends_with(".qcow2")
 }
 
-/// Processes that work in `directory` or have a file of it open, with their command lines. The shell
-/// above qemu-nbd does the one, qemu-nbd the other.
-pub fn processes_in(directory: &Path) -> BTreeMap<u32, String> {
-    let directory = directory.canonicalize().expect("the destination is there");
-    let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let is_inside = |link: &Path| std::fs::read_link(link).is_ok_and(|place| place.starts_with(&directory));
-    let inside = pids.filter(|pid| {
-        let process = PathBuf::from(format!("/proc/{pid}"));
-        let mut files = std::fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
-        is_inside(&process.join("cwd")) || files.any(|file| is_inside(&file.path()))
-    });
-    inside.map(|pid| (pid, command_line(pid))).collect()
-}
-
 fn command_line(pid: u32) -> String {
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&line).replace('\0', " ")
-}
-
-/// The qemu-nbd that writes into the destination, once there is one.
-pub fn wait_for_qemu_nbd(dest: &Path) -> Pid {
-    let is_server =
-        |line: &str| line.split_whitespace().next().is_some_and(|name| name.ends_with("qemu-nbd"));
-    let found = wait_for("qemu-nbd", || {
-        processes_in(dest).into_iter().find(|(_, line)| is_server(line)).map(|(pid, _)| pid)
-    });
-    Pid::from_raw(i32::try_from(found).expect("a pid")).expect("not 0")
 }
 
 /// Looks until there is something to see.

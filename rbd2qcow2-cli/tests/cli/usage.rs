@@ -31,7 +31,15 @@ fn wrong_usage_is_status_2_and_silent_on_standard_output() {
         &["backup", "rbd"],
         &["backup", "rbd", "/d", "--no-such-option"],
         &["backup", "rbd/a/b", "/d"],
-        &["backup", "rbd", "/d", "--compression", "zstd:3"],
+        &["backup", "rbd", "/d", "--writer", "dd"],
+        &["backup", "rbd", "/d", "--writer", "qemu-nbd", "--compression", "zstd:3"],
+        &["backup", "rbd", "/d", "--compression", "lz4"],
+        &["backup", "rbd", "/d", "--compression", "zlib:9"],
+        &["backup", "rbd", "/d", "--compression", "zstd:0"],
+        &["backup", "rbd", "/d", "--compression", "zstd:23"],
+        &["backup", "rbd", "/d", "--cluster-size", "256"],
+        &["backup", "rbd", "/d", "--cluster-size", "4M"],
+        &["backup", "rbd", "/d", "--cluster-size", "65535"],
         &["--id", "a", "backup", "rbd", "/d", "--name", "client.b"],
     ] {
         let wrong = run(args);

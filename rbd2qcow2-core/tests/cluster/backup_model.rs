@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rbd2qcow2_core::layer::Compression;
-use rbd2qcow2_core::options::{BackupOptions, DiffMode};
+use rbd2qcow2_core::layer::{Compression, ExtendedL2};
+use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 
 use crate::cluster::{TestCluster, say, unique_image};
 use crate::cluster_or_skip;
@@ -16,14 +16,17 @@ use crate::driver::{Driver, DriverError, Layout, Spec};
 use crate::random::Random;
 use crate::store::Store;
 
+/// Kinds of layers.
+const KINDS: u64 = 16;
+
 /// Histories in CI, and with `RBD2QCOW2_LONG=1`. Each has its own kind of layers, in turn.
-const HISTORIES: u64 = 16;
+const HISTORIES: u64 = KINDS;
 const LONG_HISTORIES: u64 = 120;
 
 /// No history begins after this, so that a slow machine in CI does fewer of them, but at least one
-/// with each kind of compression.
+/// with each writer and each kind of compression.
 const LIMIT: Duration = Duration::from_secs(120);
-const LEAST_HISTORIES: u64 = 3;
+const LEAST_HISTORIES: u64 = 6;
 
 /// Backups of each image.
 const ROUNDS: u64 = 4;
@@ -34,24 +37,32 @@ const SIZE: u64 = 3 << 20;
 const WITH_MAPS: &[&str] = &["layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten"];
 const WITHOUT_MAPS: &[&str] = &["layering", "exclusive-lock"];
 
-/// How the layers of a history are written and its changes found.
+/// How the layers of a history are written and its changes found: each form by either writer.
 fn options(number: u64) -> BackupOptions {
-    let zstd = Compression::Zstd { level: None };
-    let (cluster_size, compression, diff) = match number % 8 {
+    let writer = if number.is_multiple_of(2) { Writer::Native } else { Writer::QemuNbd };
+    let form = number % KINDS / 2;
+    // Only one of the writers has levels.
+    let zstd = |level| Compression::Zstd { level: Some(level).filter(|_| writer == Writer::Native) };
+    let (cluster_size, compression, diff) = match form {
         0 => (None, Compression::None, DiffMode::Exact),
         1 => (Some(64 << 10), Compression::Zlib, DiffMode::Exact),
-        2 => (None, zstd, DiffMode::Exact),
+        2 => (None, zstd(19), DiffMode::Exact),
         // The finest grain, a sector.
         3 => (Some(16 << 10), Compression::None, DiffMode::Exact),
         // Too small for subclusters.
         4 => (Some(4 << 10), Compression::None, DiffMode::Scan),
-        5 => (Some(2 << 20), zstd, DiffMode::Scan),
+        5 => (Some(2 << 20), zstd(3), DiffMode::Scan),
         6 => (Some(2 << 20), Compression::None, DiffMode::Exact),
         _ => (Some(512), Compression::Zlib, DiffMode::Exact),
     };
     let mut options = BackupOptions::default();
     (options.cluster_size, options.compression, options.diff) = (cluster_size, compression, diff);
-    match number % 4 {
+    options.writer = writer;
+    // For qemu-nbd, compression is the end of subclusters in any case.
+    if form == 5 || form == 6 && writer == Writer::QemuNbd {
+        options.extended_l2 = ExtendedL2::Off;
+    }
+    match form % 4 {
         // One read at a time, in the least memory there is.
         2 => (options.parallel, options.memory) = (1, 0),
         3 => options.parallel = 64,
@@ -337,7 +348,7 @@ fn every_point_is_what_its_snapshot_was() {
     let long = number("RBD2QCOW2_LONG") == Some(1);
     let first = number("RBD2QCOW2_SEED");
     // The kind of layers comes from the seed, too, so that one number repeats a history.
-    let seed = first.unwrap_or_else(|| draw_seed() / 8 * 8);
+    let seed = first.unwrap_or_else(|| draw_seed() / KINDS * KINDS);
     let count = if long { LONG_HISTORIES } else { HISTORIES };
     say(&format!("RBD2QCOW2_SEED={seed}, {count} histories"));
     let (start, mut tally) = (Instant::now(), Tally::default());
@@ -359,10 +370,15 @@ fn layers_of_an_older_qemu() {
         return;
     };
     let cluster = cluster_or_skip!("layers_of_an_older_qemu");
-    let seed = number("RBD2QCOW2_SEED").unwrap_or_else(|| draw_seed() / 8 * 8);
+    // Odd numbers are qemu-nbd's: none, zlib and zstd.
+    let seed = number("RBD2QCOW2_SEED").unwrap_or_else(|| draw_seed() / KINDS * KINDS + 1);
     let mut tally = Tally::default();
-    for seed in seed..seed + 3 {
+    for seed in [seed, seed + 2, seed + 4] {
         let mut options = options(seed);
+        options.writer = Writer::QemuNbd;
+        if let Compression::Zstd { level } = &mut options.compression {
+            *level = None;
+        }
         options.qemu_img = directory.join("qemu-img");
         options.qemu_nbd = directory.join("qemu-nbd");
         play_surely(&cluster, seed, &options, &mut tally);

@@ -4,7 +4,7 @@
 //! chains, and the manifests are read as the JSON that they are.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +12,8 @@ use std::process::Command;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::digests::{Content, DigestReader};
 use rbd2qcow2_core::chain::{ImageName, SnapshotName};
-use rbd2qcow2_core::options::BackupOptions;
+use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec};
+use rbd2qcow2_core::options::{BackupOptions, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::progress::{ImageReport, Status};
 use rbd2qcow2_core::rbd::ClusterOptions;
@@ -22,8 +23,10 @@ use tempfile::TempDir;
 use crate::cluster::TestCluster;
 use crate::driver::{Driver, Layout, Snap, Spec};
 
-/// Compared at a time.
-const PIECE: u64 = 1 << 20;
+mod content;
+
+use content::{Held, compare, merge};
+pub use content::{output, read_json};
 
 /// A destination, and what every point in it must hold.
 #[derive(Debug)]
@@ -87,14 +90,6 @@ impl Made {
     }
 }
 
-/// Something that a layer holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Held {
-    start: u64,
-    end: u64,
-    zero: bool,
-}
-
 impl Store {
     pub fn new(cluster: &TestCluster) -> Self {
         let options = BackupOptions::default();
@@ -108,6 +103,15 @@ impl Store {
             points: Vec::new(),
             frozen: BTreeMap::new(),
         }
+    }
+
+    /// A destination for each writer.
+    pub fn of_each_writer(cluster: &TestCluster) -> impl Iterator<Item = Self> {
+        [Writer::Native, Writer::QemuNbd].into_iter().map(|writer| {
+            let mut store = Self::new(cluster);
+            store.options.writer = writer;
+            store
+        })
     }
 
     /// An image that no other test uses.
@@ -197,6 +201,7 @@ impl Store {
         self.points.push(made.clone());
         self.check_content(&made);
         self.check_manifest(&made, report);
+        self.check_format(&made);
         self.check_digests(&made);
         self.check_directory(spec);
         self.check_snapshots(&made, before);
@@ -353,6 +358,37 @@ impl Store {
         let held = self.map(made);
         let sum = |zero| held.iter().filter(|held| held.zero == zero).map(|held| held.end - held.start).sum();
         assert_eq!(made.held(), (sum(false), sum(true)), "{made:?}: {held:?}");
+        // A page more at either end of what it holds, and some clusters of tables.
+        let tables = 16 * made.number("cluster_size").max(64 << 10);
+        let largest = (made.held().0 + 8192 * held.len() as u64) / 8 * 9 + tables;
+        assert!(file.blocks() * 512 <= largest, "more than {largest} bytes: {made:?}");
+    }
+
+    /// The file is of the kind that was asked for, and its manifest says so.
+    fn check_format(&self, made: &Made) {
+        let BackupOptions { writer, compression, extended_l2, cluster_size, .. } = &self.options;
+        let cluster_size = cluster_size.unwrap_or(LayerSpec::DEFAULT_CLUSTER_SIZE);
+        let zstd = matches!(compression, Compression::Zstd { .. });
+        let packs = *compression != Compression::None;
+        // A layer of qemu-nbd has either subclusters or compressed clusters; only ours has both.
+        let extended = *extended_l2 == ExtendedL2::Auto
+            && cluster_size >= 16 << 10
+            && (*writer == Writer::Native || !packs);
+        for qemu_img in &self.readers {
+            let info = output(qemu_img, &["info", "--output=json", "-f", "qcow2"], &made.file);
+            let info: Value = serde_json::from_slice(&info).expect("JSON");
+            let data = &info["format-specific"]["data"];
+            assert_eq!(info["cluster-size"], cluster_size, "{info}");
+            assert_eq!(data["compat"], "1.1", "{info}");
+            assert_eq!(data["compression-type"], if zstd { "zstd" } else { "zlib" }, "{info}");
+            assert_eq!(data["extended-l2"], extended, "{info}");
+            assert_eq!((&data["corrupt"], &data["refcount-bits"]), (&false.into(), &16.into()), "{info}");
+            assert!(info["dirty-flag"] == false && info["snapshots"].is_null(), "{info}");
+        }
+        let expected = |key: &str, value: Value| assert_eq!(made.manifest[key], value, "{key} of {made:?}");
+        expected("writer", writer.as_str().into());
+        expected("cluster_size", cluster_size.into());
+        expected("extended_l2", extended.into());
     }
 
     /// What QEMU says that the layer itself holds, adjacent ranges of a kind as one.
@@ -452,54 +488,6 @@ pub fn encoded(spec: &Spec) -> String {
     ImageName::new(&*spec.image).expect("a name").encoded()
 }
 
-/// Runs `qemu-img` and gives what it prints.
-///
-/// # Panics
-/// When it fails, as `qemu-img check` does for leaks too.
-pub fn output(qemu_img: &Path, arguments: &[&str], file: &Path) -> Vec<u8> {
-    let done = Command::new(qemu_img).args(arguments).arg(file).output().expect("qemu-img runs");
-    let said = format!("{}{}", String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
-    assert!(done.status.success(), "qemu-img {arguments:?} {}: {said}", file.display());
-    done.stdout
-}
-
-pub fn read_json(path: &Path) -> Value {
-    let bytes = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    serde_json::from_slice(&bytes).expect("JSON")
-}
-
 fn text<'a>(manifest: &'a Value, key: &str) -> &'a str {
     manifest[key].as_str().unwrap_or_else(|| panic!("{key} of {manifest}"))
-}
-
-fn merge(parts: impl Iterator<Item = Held>) -> Vec<Held> {
-    let mut merged: Vec<Held> = Vec::new();
-    for part in parts {
-        match merged.last_mut() {
-            Some(last) if last.end == part.start && last.zero == part.zero => last.end = part.end,
-            _ => merged.push(part),
-        }
-    }
-    merged
-}
-
-/// The point holds the truth, and zeroes up to the next sector.
-fn compare(truth: &Path, raw: &Path, made: &Made) {
-    let (truth, raw) = (File::open(truth).expect("the truth"), File::open(raw).expect("the point"));
-    let length = |file: &File| file.metadata().expect("a length").len();
-    let (size, padded) = (length(&truth), length(&raw));
-    assert_eq!(padded, size.next_multiple_of(512), "{made:?}");
-    let (mut expected, mut found) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
-    for offset in (0..padded).step_by(PIECE as usize) {
-        let length = PIECE.min(padded - offset) as usize;
-        let known = PIECE.min(size - offset) as usize;
-        truth.read_exact_at(&mut expected[..known], offset).expect("the truth");
-        expected[known..length].fill(0);
-        raw.read_exact_at(&mut found[..length], offset).expect("the point");
-        if expected[..length] != found[..length] {
-            let first = (0..length).find(|&index| expected[index] != found[index]).unwrap_or_default();
-            let count = (0..length).filter(|&index| expected[index] != found[index]).count();
-            panic!("{made:?} differs from its snapshot at {}, {count} bytes", offset + first as u64);
-        }
-    }
 }

@@ -18,16 +18,17 @@ fn begun(store: &mut Store, name: &str) -> (Spec, Made) {
 #[test]
 fn the_first_backup_is_full_and_holds_no_zeroes() {
     let cluster = cluster_or_skip!("the_first_backup_is_full_and_holds_no_zeroes");
-    let mut store = Store::new(&cluster);
-    let spec = store.image("first", 8 * MIB, &Layout::default());
-    store.driver.write(&spec, MIB, GRAIN, 1).expect("a write");
-    // Zeroes that were written are no data either.
-    store.driver.fill(&spec, 2 * MIB, MIB, 0).expect("a write");
-    store.driver.write(&spec, 5 * MIB + 100, 50, 2).expect("a write");
-    let first = store.back_up(&spec);
-    first.assert_full(None);
-    assert_eq!(first.held(), (2 * GRAIN, 0));
-    store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        let spec = store.image("first", 8 * MIB, &Layout::default());
+        store.driver.write(&spec, MIB, GRAIN, 1).expect("a write");
+        // Zeroes that were written are no data either.
+        store.driver.fill(&spec, 2 * MIB, MIB, 0).expect("a write");
+        store.driver.write(&spec, 5 * MIB + 100, 50, 2).expect("a write");
+        let first = store.back_up(&spec);
+        first.assert_full(None);
+        assert_eq!(first.held(), (2 * GRAIN, 0));
+        store.purge(&spec);
+    }
 }
 
 #[test]
@@ -50,94 +51,99 @@ fn an_increment_holds_what_changed() {
 #[test]
 fn an_unchanged_image_makes_an_empty_layer() {
     let cluster = cluster_or_skip!("an_unchanged_image_makes_an_empty_layer");
-    let mut store = Store::new(&cluster);
-    let (spec, first) = begun(&mut store, "unchanged");
-    let second = store.back_up(&spec);
-    second.assert_upon(&first);
-    assert_eq!((second.held(), second.read_bytes), ((0, 0), 0));
-    let third = store.back_up(&spec);
-    third.assert_upon(&second);
-    // Nothing but a header and empty tables.
-    assert!(third.number("layer_bytes") < MIB, "{}", third.manifest);
-    store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        let (spec, first) = begun(&mut store, "unchanged");
+        let second = store.back_up(&spec);
+        second.assert_upon(&first);
+        assert_eq!((second.held(), second.read_bytes), ((0, 0), 0));
+        let third = store.back_up(&spec);
+        third.assert_upon(&second);
+        // Nothing but a header and empty tables.
+        assert!(third.number("layer_bytes") < MIB, "{}", third.manifest);
+        store.purge(&spec);
+    }
 }
 
 #[test]
 fn a_grown_image() {
     let cluster = cluster_or_skip!("a_grown_image");
-    let mut store = Store::new(&cluster);
-    let (spec, first) = begun(&mut store, "grown");
-    store.driver.resize(&spec, 6 * MIB + 512).expect("a resize");
-    let second = store.back_up(&spec);
-    second.assert_upon(&first);
-    assert_eq!(second.held().0, 0, "nothing was written");
-    store.driver.resize(&spec, 9 * MIB + 700).expect("a resize");
-    store.driver.write(&spec, 9 * MIB, 700, 5).expect("a write");
-    let third = store.back_up(&spec);
-    third.assert_upon(&second);
-    assert_eq!(third.number("virtual_size"), 9 * MIB + 700);
-    store.check_again();
-    store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        let (spec, first) = begun(&mut store, "grown");
+        store.driver.resize(&spec, 6 * MIB + 512).expect("a resize");
+        let second = store.back_up(&spec);
+        second.assert_upon(&first);
+        assert_eq!(second.held().0, 0, "nothing was written");
+        store.driver.resize(&spec, 9 * MIB + 700).expect("a resize");
+        store.driver.write(&spec, 9 * MIB, 700, 5).expect("a write");
+        let third = store.back_up(&spec);
+        third.assert_upon(&second);
+        assert_eq!(third.number("virtual_size"), 9 * MIB + 700);
+        store.check_again();
+        store.purge(&spec);
+    }
 }
 
 #[test]
 fn a_shrunk_image() {
     let cluster = cluster_or_skip!("a_shrunk_image");
-    let mut store = Store::new(&cluster);
-    let (spec, first) = begun(&mut store, "shrunk");
-    store.driver.resize(&spec, MIB + 12_345).expect("a resize");
-    let second = store.back_up(&spec);
-    second.assert_upon(&first);
-    assert_eq!(second.number("virtual_size"), MIB + 12_345);
-    store.driver.write(&spec, MIB, 12_345, 5).expect("a write");
-    store.back_up(&spec).assert_upon(&second);
-    // The older point is as large as it was.
-    store.check_again();
-    store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        let (spec, first) = begun(&mut store, "shrunk");
+        store.driver.resize(&spec, MIB + 12_345).expect("a resize");
+        let second = store.back_up(&spec);
+        second.assert_upon(&first);
+        assert_eq!(second.number("virtual_size"), MIB + 12_345);
+        store.driver.write(&spec, MIB, 12_345, 5).expect("a write");
+        store.back_up(&spec).assert_upon(&second);
+        // The older point is as large as it was.
+        store.check_again();
+        store.purge(&spec);
+    }
 }
 
 /// Fast-diff says that nothing happened.
 #[test]
 fn shrunk_and_grown_again() {
     let cluster = cluster_or_skip!("shrunk_and_grown_again");
-    let mut store = Store::new(&cluster);
-    let (spec, mut last) = begun(&mut store, "shrunk-grown");
-    // Sizes in and at the edges of objects, grains and sectors.
-    for (size, snapshot) in
-        [(MIB, true), (MIB, false), (MIB + 70_001, true), (MIB + 5 * GRAIN, true), (0, true), (0, false)]
-    {
-        store.driver.write(&spec, 0, 4 * MIB, 10 + size).expect("a write");
-        let written = store.back_up(&spec);
-        written.assert_upon(&last);
-        store.driver.resize(&spec, size).expect("a resize");
-        if snapshot {
-            store.driver.snap_create(&spec, &format!("small-{size}")).expect("a snapshot");
+    for mut store in Store::of_each_writer(&cluster) {
+        let (spec, mut last) = begun(&mut store, "shrunk-grown");
+        // Sizes in and at the edges of objects, grains and sectors.
+        for (size, snapshot) in
+            [(MIB, true), (MIB, false), (MIB + 70_001, true), (MIB + 5 * GRAIN, true), (0, true), (0, false)]
+        {
+            store.driver.write(&spec, 0, 4 * MIB, 10 + size).expect("a write");
+            let written = store.back_up(&spec);
+            written.assert_upon(&last);
+            store.driver.resize(&spec, size).expect("a resize");
+            if snapshot {
+                store.driver.snap_create(&spec, &format!("small-{size}")).expect("a snapshot");
+            }
+            store.driver.resize(&spec, 4 * MIB).expect("a resize");
+            last = store.back_up(&spec);
+            last.assert_upon(&written);
+            let (data, zero) = last.held();
+            assert!(zero >= (4 * MIB - size) / GRAIN * GRAIN && data <= 65_536, "{last:?}");
         }
-        store.driver.resize(&spec, 4 * MIB).expect("a resize");
-        last = store.back_up(&spec);
-        last.assert_upon(&written);
-        let (data, zero) = last.held();
-        assert!(zero >= (4 * MIB - size) / GRAIN * GRAIN && data <= 65_536, "{last:?}");
+        store.check_again();
+        store.purge(&spec);
     }
-    store.check_again();
-    store.purge(&spec);
 }
 
 #[test]
 fn discards_become_zeroes() {
     let cluster = cluster_or_skip!("discards_become_zeroes");
-    let mut store = Store::new(&cluster);
-    let (spec, first) = begun(&mut store, "discards");
-    store.driver.discard(&spec, 0, 3 * 65_536).expect("a discard");
-    store.driver.discard(&spec, 5 * 65_536 + 8192, 4096).expect("a discard");
-    store.driver.write_zeroes(&spec, MIB, 65_536).expect("zeroes");
-    store.driver.discard(&spec, 3 * MIB, MIB).expect("a discard of nothing");
-    let second = store.back_up(&spec);
-    second.assert_upon(&first);
-    let (data, zero) = second.held();
-    assert!(zero >= 4 * 65_536 + 4096 && data < 65_536, "{data} {zero}");
-    store.check_again();
-    store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        let (spec, first) = begun(&mut store, "discards");
+        store.driver.discard(&spec, 0, 3 * 65_536).expect("a discard");
+        store.driver.discard(&spec, 5 * 65_536 + 8192, 4096).expect("a discard");
+        store.driver.write_zeroes(&spec, MIB, 65_536).expect("zeroes");
+        store.driver.discard(&spec, 3 * MIB, MIB).expect("a discard of nothing");
+        let second = store.back_up(&spec);
+        second.assert_upon(&first);
+        let (data, zero) = second.held();
+        assert!(zero >= 4 * 65_536 + 4096 && data < 65_536, "{data} {zero}");
+        store.check_again();
+        store.purge(&spec);
+    }
 }
 
 /// Fast-diff says that nothing happened: the object map that comes back says "exists, clean".

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use rbd2qcow2_core::options::DiffMode;
+use rbd2qcow2_core::options::{DiffMode, Writer};
 use rbd2qcow2_core::progress::Status;
 
 use super::{MIB, small_objects};
@@ -11,7 +11,7 @@ use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Layout, NO_OBJECT_MAP, Spec};
 use crate::store::{Store, encoded};
 
-/// Data here and there, a backup, changes of every kind, a backup.
+/// Data here and there, a backup, changes of every kind, a backup by the other writer.
 fn back_up_twice(store: &mut Store, spec: &Spec, size: u64) {
     let write = |store: &Store, at: u64, length: u64, seed| {
         let offset = at.min(size);
@@ -24,21 +24,25 @@ fn back_up_twice(store: &mut Store, spec: &Spec, size: u64) {
     write(store, size / 3, 10_000, 3);
     write(store, size - size.min(1), 1, 4);
     store.driver.discard(spec, size / 8, size / 8).expect("a discard");
+    let writer = store.options.writer;
+    store.options.writer = if writer == Writer::Native { Writer::QemuNbd } else { Writer::Native };
     store.back_up(spec).assert_upon(&first);
+    store.options.writer = writer;
     store.check_again();
 }
 
 #[test]
 fn striped_images() {
     let cluster = cluster_or_skip!("striped_images");
-    let mut store = Store::new(&cluster);
-    for (order, unit, count) in [(16, 4096, 3), (18, 65_536, 5), (14, 16_384, 2), (22, 1 << 20, 4)] {
-        let layout = Layout::new(order, FULL_FEATURES).striped(unit, count);
-        let size = 3 * MIB + 77_777;
-        let spec = store.image("striped", size, &layout);
-        back_up_twice(&mut store, &spec, size);
-        assert_eq!(store.points().last().expect("a point").number("stripe_count"), count);
-        store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        for (order, unit, count) in [(16, 4096, 3), (18, 65_536, 5), (14, 16_384, 2), (22, 1 << 20, 4)] {
+            let layout = Layout::new(order, FULL_FEATURES).striped(unit, count);
+            let size = 3 * MIB + 77_777;
+            let spec = store.image("striped", size, &layout);
+            back_up_twice(&mut store, &spec, size);
+            assert_eq!(store.points().last().expect("a point").number("stripe_count"), count);
+            store.purge(&spec);
+        }
     }
 }
 
@@ -58,31 +62,33 @@ fn objects_of_every_size() {
 #[test]
 fn sizes_that_are_no_multiple_of_anything() {
     let cluster = cluster_or_skip!("sizes_that_are_no_multiple_of_anything");
-    let mut store = Store::new(&cluster);
-    for size in [1, 511, 512, 513, 4095, 4097, 65_537, 131_072 + 512, MIB + 1, 2 * MIB - 1] {
-        let spec = store.image("odd-size", size, &small_objects());
-        back_up_twice(&mut store, &spec, size);
-        store.purge(&spec);
+    for mut store in Store::of_each_writer(&cluster) {
+        for size in [1, 511, 512, 513, 4095, 4097, 65_537, 131_072 + 512, MIB + 1, 2 * MIB - 1] {
+            let spec = store.image("odd-size", size, &small_objects());
+            back_up_twice(&mut store, &spec, size);
+            store.purge(&spec);
+        }
     }
 }
 
 #[test]
 fn an_image_of_size_zero() {
     let cluster = cluster_or_skip!("an_image_of_size_zero");
-    let mut store = Store::new(&cluster);
-    let spec = store.image("empty", 0, &small_objects());
-    let mut last = store.back_up(&spec);
-    last.assert_full(None);
-    for size in [0, MIB, 0, 0, 3] {
-        store.driver.resize(&spec, size).expect("a resize");
-        store.driver.write(&spec, 0, size, 7).expect("a write");
-        let made = store.back_up(&spec);
-        made.assert_upon(&last);
-        assert_eq!(made.number("virtual_size"), size);
-        last = made;
+    for mut store in Store::of_each_writer(&cluster) {
+        let spec = store.image("empty", 0, &small_objects());
+        let mut last = store.back_up(&spec);
+        last.assert_full(None);
+        for size in [0, MIB, 0, 0, 3] {
+            store.driver.resize(&spec, size).expect("a resize");
+            store.driver.write(&spec, 0, size, 7).expect("a write");
+            let made = store.back_up(&spec);
+            made.assert_upon(&last);
+            assert_eq!(made.number("virtual_size"), size);
+            last = made;
+        }
+        store.check_again();
+        store.purge(&spec);
     }
-    store.check_again();
-    store.purge(&spec);
 }
 
 #[test]

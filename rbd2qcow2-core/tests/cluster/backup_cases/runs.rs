@@ -217,25 +217,26 @@ impl Observer for StopAt {
 #[test]
 fn an_interrupted_run_leaves_nothing_behind() {
     let cluster = cluster_or_skip!("an_interrupted_run_leaves_nothing_behind");
-    let mut store = Store::new(&cluster);
-    let spec = store.image("interrupted", 4 * MIB, &small_objects());
-    store.driver.write(&spec, 0, 4 * MIB, 1).expect("a write");
-    let first = store.back_up(&spec);
-    let snapshots = store.snapshot_names(&spec);
-    store.driver.write(&spec, 0, 4 * MIB, 2).expect("a write");
-    for stage in [Stage::Prepare, Stage::Snapshot, Stage::Copy, Stage::Commit] {
-        let cancel = Cancel::new();
-        let backup = store.pool_backup(std::slice::from_ref(&spec));
-        let reports = backup.run(&StopAt(stage, cancel.clone()), &cancel).expect("the pool");
-        let [report] = &reports[..] else { panic!("{reports:?}") };
-        assert_eq!(report.status, Status::Failed, "{stage:?}");
-        assert!(why(report).contains("interrupted"), "{stage:?}: {}", why(report));
-        store.check_directory(&spec);
-        assert_eq!(store.snapshot_names(&spec), snapshots, "{stage:?}");
+    for mut store in Store::of_each_writer(&cluster) {
+        let spec = store.image("interrupted", 4 * MIB, &small_objects());
+        store.driver.write(&spec, 0, 4 * MIB, 1).expect("a write");
+        let first = store.back_up(&spec);
+        let snapshots = store.snapshot_names(&spec);
+        store.driver.write(&spec, 0, 4 * MIB, 2).expect("a write");
+        for stage in [Stage::Prepare, Stage::Snapshot, Stage::Copy, Stage::Commit] {
+            let cancel = Cancel::new();
+            let backup = store.pool_backup(std::slice::from_ref(&spec));
+            let reports = backup.run(&StopAt(stage, cancel.clone()), &cancel).expect("the pool");
+            let [report] = &reports[..] else { panic!("{reports:?}") };
+            assert_eq!(report.status, Status::Failed, "{stage:?}");
+            assert!(why(report).contains("interrupted"), "{stage:?}: {}", why(report));
+            store.check_directory(&spec);
+            assert_eq!(store.snapshot_names(&spec), snapshots, "{stage:?}");
+        }
+        store.back_up(&spec).assert_upon(&first);
+        store.check_again();
+        store.purge(&spec);
     }
-    store.back_up(&spec).assert_upon(&first);
-    store.check_again();
-    store.purge(&spec);
 }
 
 /// Does something to the image once the copy has begun.
