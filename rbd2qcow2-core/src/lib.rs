@@ -38,3 +38,4 @@ pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;
 pub mod source;
+pub mod verify;

@@ -117,6 +117,12 @@ impl LayerReader {
         self.header.virtual_size
     }
 
+    /// How much of the guest's image an L2 table describes, in bytes.
+    #[must_use]
+    pub fn table_coverage(&self) -> u64 {
+        self.geometry.l2_coverage()
+    }
+
     /// Tells what of `range`, in bytes of the guest's image, this layer holds: ascending, gapless,
     /// no two neighbours alike. Reads tables only, and blocks for that. After an error the iterator
     /// is at its end.

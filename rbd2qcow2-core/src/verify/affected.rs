@@ -1,0 +1,54 @@
+//! Which points show what is damaged in a layer below.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use super::{FINDINGS_KEPT, Finding, Verdict};
+use crate::chain::{Catalogue, Point, PointName};
+use crate::qcow2::layer::{LayerReader, Piece};
+
+/// Follows the damage in each layer upwards, as far as newer layers do not hold the range themselves.
+/// Only `points` are looked at.
+pub(super) fn affected(
+    catalogue: &Catalogue,
+    points: &BTreeSet<PointName>,
+    verdicts: &BTreeMap<PointName, Verdict>,
+) -> BTreeMap<PointName, Vec<Finding>> {
+    let mut findings: BTreeMap<PointName, Vec<Finding>> = BTreeMap::new();
+    for (&from, verdict) in verdicts.iter().filter(|(_, verdict)| !verdict.damaged.is_empty()) {
+        let mut shown = vec![(from, verdict.damaged.clone())];
+        while let Some((below, ranges)) = shown.pop() {
+            let children = catalogue.points().iter().filter(|child| child.parent == Some(below));
+            for child in children.filter(|child| points.contains(&child.name)) {
+                let ranges = seen_through(child, &ranges);
+                if ranges.is_empty() {
+                    continue;
+                }
+                let found = findings.entry(child.name).or_default();
+                let room = FINDINGS_KEPT.saturating_sub(found.len());
+                found.extend(
+                    ranges.iter().take(room).map(|range| Finding::Inherited { from, range: range.clone() }),
+                );
+                shown.push((child.name, ranges));
+            }
+        }
+    }
+    findings
+}
+
+/// What of `ranges` a point shows of the layers below its own.
+fn seen_through(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+    // A layer that cannot be opened shows nothing; its point is damaged on its own account.
+    let Ok(layer) = LayerReader::open(&point.path) else { return Vec::new() };
+    let mut seen = Vec::new();
+    for range in ranges {
+        let range = range.start..range.end.min(layer.virtual_size());
+        if range.is_empty() {
+            continue;
+        }
+        let Ok(pieces) = layer.map(range) else { continue };
+        let absent = pieces.map_while(Result::ok).filter(|(_, piece)| *piece == Piece::Absent);
+        seen.extend(absent.map(|(range, _)| range));
+    }
+    seen
+}
