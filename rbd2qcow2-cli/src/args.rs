@@ -52,6 +52,17 @@ Examples:
 Needs no cluster. A damaged chain is a warning on standard error and does not change the exit
 status; the points that can still be made out are listed.";
 
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  rbd2qcow2 verify /backups                             all points of all images
+  rbd2qcow2 verify /backups vm-1 db@20261122T173312Z    an image, and a single point
+  rbd2qcow2 verify /backups --sample 5                  a daily look: 5 % of the data, others each time
+
+Looks at the files' links, the structure of each qcow2 file, and all data against their BLAKE3
+digests. A damaged range is traced to each point that shows it. Points of the Python rbd2qcow2 have
+no digests: of them only the structure is known, and they are `unverifiable`. Needs no cluster.
+The exit status is 1 when anything is damaged.";
+
 /// Back up Ceph RBD images into chains of qcow2 files.
 ///
 /// Each backup of an image is one qcow2 file whose backing file is the backup before it: at once a
@@ -79,6 +90,9 @@ pub enum Command {
     /// List the backups in a directory
     #[command(after_help = format!("{LIST_EXAMPLES}\n\n{EXIT_STATUS}"))]
     List(ListArgs),
+    /// Check that backups hold what was backed up
+    #[command(after_help = format!("{VERIFY_EXAMPLES}\n\n{EXIT_STATUS}"))]
+    Verify(VerifyArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -228,6 +242,21 @@ pub struct ListArgs {
     pub images: Vec<String>,
 }
 
+/// The arguments of `verify`.
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Directory that holds a directory for each image
+    #[arg(value_name = "DEST")]
+    pub dest: PathBuf,
+    /// Images or single points to verify; all when none is named
+    #[arg(value_name = "IMAGE[@POINT]", value_parser = values::non_empty)]
+    pub points: Vec<String>,
+    /// Hold only so much of the data against their digests, chosen anew each time; the links and the
+    /// structure are always looked at in full
+    #[arg(long, value_name = "PERCENT", value_parser = values::percent)]
+    pub sample: Option<f64>,
+}
+
 impl Cli {
     /// Parses the arguments (the first is the program's name) and checks them against each other.
     ///
@@ -250,7 +279,7 @@ impl Cli {
         }
         match &self.command {
             Command::Backup(args) => args.check(),
-            Command::List(_) => Ok(()),
+            Command::List(_) | Command::Verify(_) => Ok(()),
         }
     }
 

@@ -54,7 +54,7 @@ pub fn run(
 }
 
 /// A flag that SIGINT and SIGTERM set. The second signal ends the process at once.
-fn stop_on_signals() -> std::io::Result<Cancel> {
+pub fn stop_on_signals() -> std::io::Result<Cancel> {
     let flag = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // In this order: actions run as registered, and the first signal must find the flag unset.

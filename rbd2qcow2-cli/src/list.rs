@@ -91,7 +91,7 @@ fn select(args: &ListArgs, there: Vec<ImageName>) -> (Vec<ImageName>, Vec<ListEr
 }
 
 /// The names that may have been meant by `asked`, as the end of a sentence.
-fn hint(asked: &str, there: &[ImageName]) -> String {
+pub fn hint(asked: &str, there: &[ImageName]) -> String {
     let likeness = |image: &ImageName| strsim::jaro_winkler(asked, image.as_str());
     let mut near: Vec<_> = there.iter().map(|image| (likeness(image), image.as_str())).collect();
     near.retain(|&(likeness, _)| likeness >= LIKENESS);

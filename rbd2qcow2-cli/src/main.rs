@@ -23,6 +23,7 @@ mod outcome;
 mod report;
 mod stages;
 mod table;
+mod verify;
 
 fn main() {
     let status = match Cli::from_args(std::env::args_os()) {
@@ -45,6 +46,7 @@ fn run(cli: &Cli) -> Outcome {
     let result = match &cli.command {
         Command::Backup(args) => backup::run(args, cli.cluster(), &cli.output, &console),
         Command::List(args) => list::run(args, &cli.output, &console),
+        Command::Verify(args) => verify::run(args, &cli.output, &console),
     };
     match result {
         Ok(outcome) => outcome,

@@ -33,5 +33,7 @@ mod program;
 mod rig;
 #[path = "cli/usage.rs"]
 mod usage;
+#[path = "cli/verify.rs"]
+mod verify;
 #[path = "cli/writers.rs"]
 mod writers;

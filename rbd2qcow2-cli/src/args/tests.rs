@@ -14,7 +14,7 @@ fn run_of(line: &str) -> PoolBackup {
     let cluster = cli.cluster();
     match cli.command {
         Command::Backup(args) => args.to_run(cluster),
-        Command::List(_) => panic!("not a backup: {line}"),
+        Command::List(_) | Command::Verify(_) => panic!("not a backup: {line}"),
     }
 }
 

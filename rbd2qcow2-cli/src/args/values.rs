@@ -28,6 +28,9 @@ pub enum ValueError {
     /// Not a cluster size that qcow2 has.
     #[error("must be a power of two from 512 to 2M")]
     ClusterSize,
+    /// No share of anything.
+    #[error("must be a number above 0, at most 100")]
+    Percent,
     /// Not a compression.
     #[error("must be none, zlib, zstd or zstd:LEVEL")]
     Compression,
@@ -75,6 +78,12 @@ pub fn entity(text: &str) -> Result<String, ValueError> {
         Some((kind, id)) if !kind.is_empty() && !id.is_empty() => Ok(text.to_owned()),
         _ => Err(ValueError::Entity),
     }
+}
+
+/// A share in percent: above 0, at most 100.
+pub fn percent(text: &str) -> Result<f64, ValueError> {
+    let share: f64 = text.strip_suffix('%').unwrap_or(text).parse().map_err(|_| ValueError::Percent)?;
+    if share > 0.0 && share <= 100.0 { Ok(share) } else { Err(ValueError::Percent) }
 }
 
 /// A number of bytes, not 0. The suffixes K, M, G and T stand for powers of 1024.

@@ -120,8 +120,7 @@ impl Store {
     }
 
     fn verify(&self) -> Vec<PointReport> {
-        let mut options = VerifyOptions::default();
-        options.parallel = 2;
+        let options = VerifyOptions { parallel: 2, ..VerifyOptions::default() };
         self.verify_points(&[], &options).expect("looked at")
     }
 

@@ -1,0 +1,218 @@
+//! `verify`: tells whether points hold what was backed up.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::chain::names::NameError;
+use rbd2qcow2_core::chain::{self, ImageName, PointName};
+use rbd2qcow2_core::error::Causes;
+use rbd2qcow2_core::verify::{
+    PointReport, Sample, VerifyError, VerifyImage, VerifyOptions, VerifyProgress, VerifyStatus,
+};
+use serde::Serialize;
+
+use crate::args::{OutputArgs, VerifyArgs};
+use crate::console::Console;
+use crate::json::JsonLines;
+use crate::outcome::{CommandError, Outcome};
+use crate::{backup, human, list};
+
+/// Why an image could not be verified. The others are.
+#[derive(Debug, thiserror::Error)]
+enum ImageError {
+    /// There is no such image.
+    #[error("{} holds no backups of image {image:?}{hint}", dest.display())]
+    UnknownImage {
+        /// The directory of all images.
+        dest: std::path::PathBuf,
+        /// The image that was asked for.
+        image: String,
+        /// What may have been meant.
+        hint: String,
+    },
+    /// What stands behind the `@` is no point.
+    #[error("cannot verify {asked:?}")]
+    Point {
+        /// What was asked for.
+        asked: String,
+        /// What is wrong with it.
+        #[source]
+        cause: NameError,
+    },
+    /// The library could not look at the image.
+    #[error("cannot verify image {image:?}")]
+    Verify {
+        /// The image.
+        image: String,
+        /// Why not.
+        #[source]
+        cause: VerifyError,
+    },
+}
+
+/// The points to verify, by image; no points means all of them.
+type Wanted = BTreeMap<ImageName, BTreeSet<PointName>>;
+
+/// One object of `verify --json`: the keys and their order are a contract with other programs.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    image: &'a str,
+    point: String,
+    status: &'static str,
+    checked_bytes: u64,
+    errors: Vec<String>,
+}
+
+/// Verifies points until all are done or a signal comes.
+///
+/// # Errors
+/// The directory could not be read, or standard output failed; damage is no error here.
+pub fn run(args: &VerifyArgs, output: &OutputArgs, console: &Console) -> Result<Outcome, CommandError> {
+    let cancel = backup::stop_on_signals().map_err(CommandError::Signals)?;
+    let there = chain::images_in(&args.dest).map_err(CommandError::Destination)?.images;
+    let (wanted, mut failures) = select(args, &there);
+    let mut outcome = Outcome::Done;
+    for (image, points) in &wanted {
+        let reports = match verify(args, image, points, &cancel) {
+            Ok(reports) => reports,
+            Err(VerifyError::Cancelled) => {
+                console.line("interrupted; what was not reported was not looked at");
+                return Ok(Outcome::Interrupted);
+            }
+            Err(cause) => {
+                failures.push(ImageError::Verify { image: image.as_str().to_owned(), cause });
+                continue;
+            }
+        };
+        for report in &reports {
+            if report.status == VerifyStatus::Damaged {
+                outcome = Outcome::Failed;
+            }
+            match tell(image, report, output) {
+                // The reader has seen enough, as `head` has.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+                result => result.map_err(CommandError::Output)?,
+            }
+        }
+    }
+    for failure in &failures {
+        outcome = Outcome::Failed;
+        console.line(&format!("error: {}", human::causes_block(failure)));
+    }
+    Ok(outcome)
+}
+
+/// What was asked for, among what is there.
+fn select(args: &VerifyArgs, there: &[ImageName]) -> (Wanted, Vec<ImageError>) {
+    let mut wanted = Wanted::new();
+    if args.points.is_empty() {
+        wanted.extend(there.iter().map(|image| (image.clone(), BTreeSet::new())));
+    }
+    let mut whole = BTreeSet::new();
+    let mut failures = Vec::new();
+    for asked in &args.points {
+        match find(asked, there) {
+            Ok((image, Some(point))) => {
+                wanted.entry(image).or_default().insert(point);
+            }
+            Ok((image, None)) => {
+                wanted.entry(image.clone()).or_default();
+                whole.insert(image);
+            }
+            Err(Some(cause)) => failures.push(ImageError::Point { asked: asked.clone(), cause }),
+            Err(None) => failures.push(ImageError::UnknownImage {
+                dest: args.dest.clone(),
+                image: asked.clone(),
+                hint: list::hint(asked.split_once('@').map_or(asked, |(image, _)| image), there),
+            }),
+        }
+    }
+    // All points, although one of them was named, too.
+    for image in whole {
+        wanted.insert(image, BTreeSet::new());
+    }
+    (wanted, failures)
+}
+
+/// The image and point that `asked` names. RBD knows no names with an `@`, so that the last one
+/// begins the point's name.
+fn find(asked: &str, there: &[ImageName]) -> Result<(ImageName, Option<PointName>), Option<NameError>> {
+    let known = |name: &str| there.iter().find(|image| image.as_str() == name).cloned();
+    if let Some(image) = known(asked) {
+        return Ok((image, None));
+    }
+    let (image, point) = asked.rsplit_once('@').ok_or(None)?;
+    let image = known(image).ok_or(None)?;
+    Ok((image, Some(PointName::parse(point).map_err(Some)?)))
+}
+
+fn verify(
+    args: &VerifyArgs,
+    image: &ImageName,
+    points: &BTreeSet<PointName>,
+    cancel: &Cancel,
+) -> Result<Vec<PointReport>, VerifyError> {
+    let mut options = VerifyOptions::default();
+    // Other data every time, so that a sample a day sees all of them in the end.
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| u64::from(now.subsec_nanos()));
+    options.sample = args.sample.map(|percent| Sample { percent, seed });
+    let points: Vec<_> = points.iter().copied().collect();
+    let progress = VerifyProgress::default();
+    VerifyImage { dest: &args.dest, image, points: &points, options: &options, progress: &progress, cancel }
+        .run()
+}
+
+/// Tells about a point on standard output.
+fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let mut errors: Vec<_> = report.findings.iter().map(|finding| Causes(finding).to_string()).collect();
+    if report.more > 0 {
+        errors.push(format!("and {} more", report.more));
+    }
+    let status = report.status.as_str();
+    if output.json {
+        let (image, point) = (image.as_str(), report.point.to_string());
+        let line = Line { image, point, status, checked_bytes: report.checked_bytes, errors };
+        return JsonLines::new(stdout).write(&line);
+    }
+    if output.quiet && report.status == VerifyStatus::Ok {
+        return Ok(());
+    }
+    let checked = indicatif::HumanBytes(report.checked_bytes);
+    let reason = match report.status {
+        VerifyStatus::Unverifiable => {
+            ": there are no digests of it, or of a point below; its structure is sound"
+        }
+        VerifyStatus::Ok | VerifyStatus::Damaged => "",
+    };
+    writeln!(
+        stdout,
+        "{}@{}: {status}, {checked} of data checked{reason}",
+        human::name(image.as_str()),
+        report.point
+    )?;
+    for error in errors {
+        writeln!(stdout, "    {}", human::printable(&error))?;
+    }
+    stdout.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_are_told_from_images() {
+        let there = ["vm", "v@m", "a@20261122T173312Z"].map(|name| ImageName::new(name).unwrap());
+        let point = PointName::parse("20261122T173312Z").unwrap();
+        assert_eq!(find("vm", &there), Ok((there[0].clone(), None)));
+        assert_eq!(find("vm@20261122T173312Z", &there), Ok((there[0].clone(), Some(point))));
+        assert_eq!(find("v@m", &there), Ok((there[1].clone(), None)));
+        assert_eq!(find("v@m@20261122T173312Z", &there), Ok((there[1].clone(), Some(point))));
+        assert_eq!(find("a@20261122T173312Z", &there), Ok((there[2].clone(), None)));
+        assert_eq!(find("a", &there), Err(None));
+        assert!(matches!(find("vm@yesterday", &there), Err(Some(_))));
+    }
+}
