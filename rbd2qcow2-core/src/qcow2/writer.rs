@@ -40,6 +40,10 @@ use space::Space;
 /// Memory for what is put together before it is written: packed data and tables. In bytes.
 const SCRATCH_BYTES: usize = 16 << 20;
 
+/// What of a table is put together at once, in bytes: whole pages, and no more than fits the scratch
+/// memory, which the L1 table of a huge image does not.
+const TABLE_PIECE_BYTES: usize = if cfg!(test) { 64 << 10 } else { 2 << 20 };
+
 /// Zero clusters that are entered at once, so that an abort is noticed in between.
 const ZEROES_AT_ONCE: usize = 1 << 16;
 
@@ -251,11 +255,15 @@ impl Qcow2Writer {
 
     /// Writes numbers of 8 bytes from `host` on: a table, or a part of one.
     fn write_table(&self, host: HostOffset, numbers: &[u64]) -> Result<(), WriteError> {
-        let mut bytes = self.scratch(numbers.len() * 8)?;
-        for (bytes, number) in bytes.as_chunks_mut().0.iter_mut().zip(numbers) {
-            *bytes = number.to_be_bytes();
+        let starts = (host.0..).step_by(TABLE_PIECE_BYTES);
+        for (start, numbers) in starts.zip(numbers.chunks(TABLE_PIECE_BYTES / 8)) {
+            let mut bytes = self.scratch(numbers.len() * 8)?;
+            for (bytes, number) in bytes.as_chunks_mut().0.iter_mut().zip(numbers) {
+                *bytes = number.to_be_bytes();
+            }
+            self.write_sparse(HostOffset(start), &bytes)?;
         }
-        self.write_sparse(host, &bytes)
+        Ok(())
     }
 
     /// Reads back what [`write_table`](Self::write_table) wrote.

@@ -2,6 +2,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 use crate::buffer::BufferPool;
+use crate::qcow2::chain::ChainReader;
+use crate::qcow2::check::check;
 use crate::qcow2::layer::{LayerReader, Piece};
 
 const CLUSTER: u64 = 64 << 10;
@@ -153,6 +155,36 @@ fn zeroes_take_tables_only() {
     let end = (1 << 40) - CLUSTER;
     let expected = [(0..CLUSTER, Piece::Absent), (CLUSTER..end, Piece::Zero), (end..1 << 40, Piece::Absent)];
     assert_eq!(pieces, expected);
+}
+
+/// The L1 table of a huge image is larger than the memory that tables are put together in.
+#[test]
+fn the_largest_l1_table_is_written() {
+    let directory = directory();
+    for size in [(64 << 30) + CLUSTER, 128 << 30] {
+        let spec = FileSpec {
+            cluster_bits: ClusterBits::new(9).expect("in range"),
+            virtual_size: size,
+            extended_l2: false,
+            ..spec(directory.path())
+        };
+        let file = create(&spec);
+        let last = size / 512 - 1;
+        file.write_clusters(0, &[1; 512]).expect("written");
+        file.write_clusters(last / 2, &[2; 512]).expect("written");
+        file.write_clusters(last, &[3; 512]).expect("written");
+        file.finish().expect("finished");
+        let layer = LayerReader::open(file.path()).expect("a layer");
+        let structure = check(&layer, &Cancel::new(), &mut |_| {}).expect("checked");
+        assert!(structure.is_clean(), "{structure:?}");
+        let chain = ChainReader::open(&[file.path().to_owned()]).expect("a chain");
+        for (cluster, byte) in [(0, 1), (1, 0), (last / 2, 2), (last, 3)] {
+            let mut found = [9; 512];
+            chain.read_at(cluster * 512, &mut found).expect("readable");
+            assert_eq!(found, [byte; 512], "cluster {cluster}");
+        }
+        std::fs::remove_file(file.path()).expect("removed");
+    }
 }
 
 /// A file system may take the flag for direct writes, and then refuse the writes.
