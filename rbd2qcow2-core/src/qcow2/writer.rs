@@ -88,7 +88,7 @@ impl<'a> SubclusterData<'a> {
 /// way; all methods but [`finish`](Self::finish) may be called from many threads, and block for what
 /// they write. After an error the file is of no use. Dropping this leaves the file where it is.
 ///
-/// Takes some 32 MiB, and 8 bytes for each L2 table and each refcount block.
+/// Takes some 32 MiB, and some 24 bytes for each L2 table and each refcount block.
 #[derive(Debug)]
 pub struct Qcow2Writer {
     spec: FileSpec,
