@@ -14,7 +14,7 @@ use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
 use crate::extent::{Extent, ExtentKind};
 use crate::qcow2::header::{ClusterBits, CompressionType};
 use crate::qcow2::table::SUBCLUSTERS;
-use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData};
+use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData, WriteError};
 
 mod clusters;
 mod compressors;
@@ -175,9 +175,13 @@ impl LayerWriter for NativeLayer {
     }
 
     fn finish(&self) -> Result<(), LayerError> {
-        self.file
-            .finish()
-            .map_err(|cause| LayerError::Finish { path: self.file.path().to_owned(), cause: cause.into() })
+        self.file.finish().map_err(|cause| {
+            let path = self.file.path().to_owned();
+            match cause {
+                WriteError::Sync(_) => LayerError::Finish { path, cause: cause.into() },
+                _ => LayerError::Write { path, cause: cause.into() },
+            }
+        })
     }
 }
 

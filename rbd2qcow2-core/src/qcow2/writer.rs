@@ -279,6 +279,8 @@ impl Qcow2Writer {
     /// Writes all pages that are not empty. The file reads as zeroes where nothing was written, and
     /// takes no space there.
     fn write_sparse(&self, host: HostOffset, bytes: &[u8]) -> Result<(), WriteError> {
+        // Also where it ends with empty pages: it may be read back.
+        self.output.grow(host.0 + bytes.len() as u64);
         for (range, kind) in runs(bytes, ALIGNMENT) {
             if kind == ExtentKind::Data {
                 self.write(HostOffset(host.0 + range.start as u64), &bytes[range])?;

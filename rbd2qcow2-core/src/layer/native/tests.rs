@@ -182,6 +182,19 @@ fn spec_of(directory: &Path, name: &str, size: usize, backing: Option<String>, f
     }
 }
 
+/// Tables are written at the end: a disk that is full then is no matter of flushing.
+#[test]
+fn what_cannot_be_written_at_the_end_is_told_as_such() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let form =
+        Form { cluster_bits: 16, extended_l2: ExtendedL2::Auto, compression: Compression::None, block: 1 };
+    let spec = spec_of(directory.path(), "layer", 1 << 20, None, &form);
+    let layer = NativeLayer::create(&spec, Compressors::default()).expect("created");
+    layer.abort();
+    let error = layer.finish().expect_err("aborted");
+    assert!(matches!(error, LayerError::Write { .. }), "{error}");
+}
+
 /// Writes a chain, and gives its files, the newest first, with what each point holds.
 fn write_chain(directory: &Path, steps: &[Step]) -> Vec<(PathBuf, Vec<u8>)> {
     let mut points: Vec<(PathBuf, Vec<u8>)> = Vec::new();

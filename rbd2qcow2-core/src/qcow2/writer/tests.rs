@@ -157,6 +157,26 @@ fn zeroes_take_tables_only() {
     assert_eq!(pieces, expected);
 }
 
+/// A table at the very end of the file was not all there yet when its last pages are empty.
+#[test]
+fn tables_are_read_back_from_the_end_of_the_file() {
+    let directory = directory();
+    let per_table = CLUSTER / 16;
+    let spec = FileSpec { virtual_size: 2 * per_table * CLUSTER, ..spec(directory.path()) };
+    let file = create(&spec);
+    for round in 0..3 {
+        for cluster in [round, per_table + round] {
+            file.write_zeroes(cluster..cluster + 1).expect("written");
+        }
+    }
+    file.finish().expect("finished");
+    let layer = LayerReader::open(file.path()).expect("a layer");
+    let zeroes = layer.map(0..spec.virtual_size).expect("in range").map(Result::unwrap);
+    let zeroes: Vec<_> = zeroes.filter(|(_, piece)| *piece == Piece::Zero).map(|(range, _)| range).collect();
+    let second = per_table * CLUSTER;
+    assert_eq!(zeroes, [0..3 * CLUSTER, second..second + 3 * CLUSTER]);
+}
+
 /// The L1 table of a huge image is larger than the memory that tables are put together in.
 #[test]
 fn the_largest_l1_table_is_written() {
@@ -200,6 +220,7 @@ fn direct_writes_that_are_refused_go_through_the_page_cache() {
     let mut buffer = pool.get(8192, &Cancel::new()).expect("not cancelled");
     buffer.fill(b'x');
     output.write_at(4096, &buffer).expect("written");
+    assert_eq!(std::fs::metadata(&path).expect("there").len() % ALIGNMENT as u64, 0, "grown by whole pages");
     output.write_at(100, b"tail").expect("written");
     output.finish(20_000).expect("finished");
     let bytes = std::fs::read(&path).expect("readable");
