@@ -37,7 +37,9 @@ use output::Output;
 use packing::Packing;
 use space::Space;
 
-/// Memory for what is put together before it is written: packed data and tables. In bytes.
+/// Memory for what is put together before it is written: packed data and tables. In bytes. Whoever
+/// has the lock of [`packing`] asks for more while it holds up to 4 MiB (a run's buffer, and what a
+/// cluster of 2 MiB fills); nobody else asks while holding any, so no two wait for each other.
 const SCRATCH_BYTES: usize = 16 << 20;
 
 /// What of a table is put together at once, in bytes: whole pages, and no more than fits the scratch
