@@ -9,7 +9,7 @@ use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::extent::{Extent, is_zero};
-use rbd2qcow2_core::layer::native::NativeLayer;
+use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
 use rbd2qcow2_core::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
 use rbd2qcow2_core::options::Writer;
@@ -133,7 +133,7 @@ fn layer(path: &Path, writer: Writer, compression: Compression) -> Box<dyn Layer
             let layer = QemuNbdLayer::create(&spec, QemuNbdOptions::default());
             Box::new(layer.expect("qemu-img and qemu-nbd are installed"))
         }
-        _ => Box::new(NativeLayer::create(&spec).expect("a layer")),
+        _ => Box::new(NativeLayer::create(&spec, Compressors::default()).expect("a layer")),
     }
 }
 

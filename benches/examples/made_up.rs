@@ -15,7 +15,7 @@ use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::extent::{Extent, ExtentKind};
-use rbd2qcow2_core::layer::native::NativeLayer;
+use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
 use rbd2qcow2_core::options::BackupOptions;
 use rbd2qcow2_core::progress::Progress;
@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let options = BackupOptions::default();
     let (cancel, progress) = (Cancel::new(), Progress::default());
-    let layer = NativeLayer::create(&spec)?;
+    let layer = NativeLayer::create(&spec, Compressors::default())?;
     let copy = Copy {
         source: &PatternSource::new(size, 256 << 20, changes(), 4),
         layer: &layer,

@@ -12,7 +12,7 @@ use crate::chain::manifest::{CloneParent, Features, Record};
 use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
 use crate::copy::{Copy, CopyError};
-use crate::layer::native::NativeLayer;
+use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
@@ -85,6 +85,8 @@ pub struct Backup<'a> {
     pub options: &'a BackupOptions,
     /// The programs that write layers.
     pub tools: &'a QemuTools,
+    /// What packs clusters, for all images.
+    pub compressors: &'a Compressors,
     /// Where the memory comes from.
     pub buffers: &'a BufferPool,
     /// Limits the reads.
@@ -231,7 +233,7 @@ impl Backup<'_> {
             extended_l2: self.options.extended_l2,
         };
         Ok(match self.options.writer {
-            Writer::Native => Box::new(NativeLayer::create(&spec)?),
+            Writer::Native => Box::new(NativeLayer::create(&spec, self.compressors.clone())?),
             Writer::QemuNbd => {
                 let options = QemuNbdOptions { tools: self.tools.clone(), ..QemuNbdOptions::default() };
                 Box::new(QemuNbdLayer::create(&spec, options)?)

@@ -1,8 +1,8 @@
 //! Page-aligned buffers out of a budget of bytes.
 //!
-//! Every byte of image data that is in memory lies in a [`Buffer`] of one [`BufferPool`], so the
-//! pool's limit bounds what a run holds, whatever the image's size and however many images are
-//! under way. Buffers are reused: a fresh 4 MiB allocation costs a thousand page faults.
+//! What a run reads of images lies in [`Buffer`]s of one [`BufferPool`], so the pool's limit bounds it,
+//! whatever the images' size and however many are under way. A layer has a small pool of its own for
+//! what it puts together: tables and packed data. Buffers are reused: a fresh 4 MiB allocation costs a thousand page faults.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -82,8 +82,9 @@ impl BufferPool {
 
     /// A buffer of `length` bytes of unspecified content. Blocks while the budget is used up.
     ///
-    /// Returns `None` when `cancel` was set meanwhile. One thread must not hold a buffer while it
-    /// asks for another, or all threads may wait for each other.
+    /// Returns `None` when `cancel` was set meanwhile. A thread that holds a buffer of this pool must
+    /// not ask for another, or all threads may wait for each other; unless it is the only one that does
+    /// so, and what it holds leaves room for what it asks for.
     ///
     /// # Panics
     /// When `length` is 0 or more than [`largest`](Self::largest).

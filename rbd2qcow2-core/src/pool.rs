@@ -11,6 +11,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use crate::backup::{Backup, BackupError};
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
+use crate::layer::native::Compressors;
 use crate::layer::qemu_nbd::{QemuNbdError, QemuTools};
 use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Status};
@@ -110,6 +111,7 @@ impl PoolBackup {
         observer.selected(&images);
 
         let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));
+        let compressors = Compressors::default();
         let rate_limit = self.options.rate_limit.map(RateLimit::new);
         let backup = |image| Backup {
             pool: &pool,
@@ -120,6 +122,7 @@ impl PoolBackup {
             dest: &self.dest,
             options: &self.options,
             tools: &tools,
+            compressors: &compressors,
             buffers: &buffers,
             rate_limit: rate_limit.as_ref(),
             observer,

@@ -14,14 +14,15 @@ use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
 use crate::extent::{Extent, ExtentKind};
 use crate::qcow2::header::{ClusterBits, CompressionType};
 use crate::qcow2::table::SUBCLUSTERS;
-use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData};
+use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData, WriteError};
 
 mod clusters;
 mod compressors;
 mod error;
 
 use clusters::{Changed, Held, Shape};
-use compressors::Compressors;
+pub use compressors::Compressors;
+use compressors::Form;
 pub use error::NativeError;
 
 /// The level of Zstandard where none is asked for: files are as small as QEMU's, which uses 3 on
@@ -36,22 +37,24 @@ const SMALLEST_EXTENDED: u32 = 16 << 10;
 pub struct NativeLayer {
     file: Qcow2Writer,
     shape: Shape,
-    /// `None` where clusters are stored as they are.
-    compressors: Option<Compressors>,
+    /// How clusters are packed; `None` where they are stored as they are.
+    packed: Option<Form>,
+    compressors: Compressors,
 }
 
 impl NativeLayer {
     /// Creates the file. The backing file is not opened and need not exist. The file is no qcow2
-    /// image before [`LayerWriter::finish`].
+    /// image before [`LayerWriter::finish`]. Layers that are written at once should have clones of the
+    /// same `compressors`.
     ///
     /// # Errors
     /// [`LayerError::Create`]: the file exists, cannot be made, or the spec is none of a qcow2 file.
-    pub fn create(spec: &LayerSpec) -> Result<Self, LayerError> {
-        Self::try_create(spec)
+    pub fn create(spec: &LayerSpec, compressors: Compressors) -> Result<Self, LayerError> {
+        Self::try_create(spec, compressors)
             .map_err(|cause| LayerError::Create { path: spec.path.clone(), cause: cause.into() })
     }
 
-    fn try_create(spec: &LayerSpec) -> Result<Self, NativeError> {
+    fn try_create(spec: &LayerSpec, compressors: Compressors) -> Result<Self, NativeError> {
         let cluster_bits = ClusterBits::from_size(spec.cluster_size.into())
             .ok_or(NativeError::ClusterSize { size: spec.cluster_size })?;
         let extended_l2 = spec.extended_l2 == ExtendedL2::Auto && spec.cluster_size >= SMALLEST_EXTENDED;
@@ -73,7 +76,12 @@ impl NativeLayer {
         Ok(Self {
             file,
             shape: Shape { grain, cluster_size, virtual_size: spec.virtual_size },
-            compressors: level.map(|level| Compressors::new(compression_type, level, index(cluster_size))),
+            packed: level.map(|level| Form {
+                kind: compression_type,
+                level,
+                cluster_size: index(cluster_size),
+            }),
+            compressors,
         })
     }
 
@@ -123,15 +131,14 @@ impl NativeLayer {
 
     /// Writes a cluster packed, if that takes less than `plain` bytes. Tells whether it did.
     fn write_packed(&self, cluster: u64, plain: u64, patch: &Patch) -> Result<bool, NativeError> {
-        let Some(compressors) = self.compressors.as_ref().filter(|_| plain > 0) else { return Ok(false) };
-        let cluster_size = index(self.shape.cluster_size);
+        let Some(form) = self.packed.filter(|_| plain > 0) else { return Ok(false) };
         let mut content = self.content(cluster..cluster + 1, patch);
-        if content.len() < cluster_size {
+        if content.len() < form.cluster_size {
             let mut padded = content.to_vec();
-            padded.resize(cluster_size, 0);
+            padded.resize(form.cluster_size, 0);
             content = padded.into();
         }
-        let mut compressor = compressors.get(|| self.file.is_aborted())?;
+        let mut compressor = self.compressors.get(form, || self.file.is_aborted())?;
         let packed = compressor.pack(&content, index(plain - 1)).map_err(NativeError::Compress)?;
         let Some(packed) = packed else { return Ok(false) };
         self.file.write_compressed(cluster, packed)?;
@@ -155,7 +162,7 @@ impl LayerWriter for NativeLayer {
     }
 
     fn wants_whole_units(&self) -> bool {
-        self.compressors.is_some()
+        self.packed.is_some()
     }
 
     fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
@@ -168,9 +175,13 @@ impl LayerWriter for NativeLayer {
     }
 
     fn finish(&self) -> Result<(), LayerError> {
-        self.file
-            .finish()
-            .map_err(|cause| LayerError::Finish { path: self.file.path().to_owned(), cause: cause.into() })
+        self.file.finish().map_err(|cause| {
+            let path = self.file.path().to_owned();
+            match cause {
+                WriteError::Sync(_) => LayerError::Finish { path, cause: cause.into() },
+                _ => LayerError::Write { path, cause: cause.into() },
+            }
+        })
     }
 }
 

@@ -27,7 +27,7 @@ enum Codec {
 
 impl Compressor {
     /// A compressor for clusters of `cluster_size` bytes. `level` is that of Zstandard, 1 to 22; zlib
-    /// has just one here. Takes a few hundred KiB for low levels, some ten cluster sizes for the
+    /// has just one here. Takes a few hundred KiB for low levels, 17 cluster sizes for the
     /// highest.
     ///
     /// # Errors

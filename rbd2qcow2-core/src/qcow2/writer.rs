@@ -37,8 +37,14 @@ use output::Output;
 use packing::Packing;
 use space::Space;
 
-/// Memory for what is put together before it is written: packed data and tables. In bytes.
+/// Memory for what is put together before it is written: packed data and tables. In bytes. Whoever
+/// has the lock of [`packing`] asks for more while it holds up to 4 MiB (a run's buffer, and what a
+/// cluster of 2 MiB fills); nobody else asks while holding any, so no two wait for each other.
 const SCRATCH_BYTES: usize = 16 << 20;
+
+/// What of a table is put together at once, in bytes: whole pages, and no more than fits the scratch
+/// memory, which the L1 table of a huge image does not.
+const TABLE_PIECE_BYTES: usize = if cfg!(test) { 64 << 10 } else { 2 << 20 };
 
 /// Zero clusters that are entered at once, so that an abort is noticed in between.
 const ZEROES_AT_ONCE: usize = 1 << 16;
@@ -84,7 +90,7 @@ impl<'a> SubclusterData<'a> {
 /// way; all methods but [`finish`](Self::finish) may be called from many threads, and block for what
 /// they write. After an error the file is of no use. Dropping this leaves the file where it is.
 ///
-/// Takes some 32 MiB, and 8 bytes for each L2 table and each refcount block.
+/// Takes some 32 MiB, and some 24 bytes for each L2 table and each refcount block.
 #[derive(Debug)]
 pub struct Qcow2Writer {
     spec: FileSpec,
@@ -251,11 +257,15 @@ impl Qcow2Writer {
 
     /// Writes numbers of 8 bytes from `host` on: a table, or a part of one.
     fn write_table(&self, host: HostOffset, numbers: &[u64]) -> Result<(), WriteError> {
-        let mut bytes = self.scratch(numbers.len() * 8)?;
-        for (bytes, number) in bytes.as_chunks_mut().0.iter_mut().zip(numbers) {
-            *bytes = number.to_be_bytes();
+        let starts = (host.0..).step_by(TABLE_PIECE_BYTES);
+        for (start, numbers) in starts.zip(numbers.chunks(TABLE_PIECE_BYTES / 8)) {
+            let mut bytes = self.scratch(numbers.len() * 8)?;
+            for (bytes, number) in bytes.as_chunks_mut().0.iter_mut().zip(numbers) {
+                *bytes = number.to_be_bytes();
+            }
+            self.write_sparse(HostOffset(start), &bytes)?;
         }
-        self.write_sparse(host, &bytes)
+        Ok(())
     }
 
     /// Reads back what [`write_table`](Self::write_table) wrote.
@@ -271,6 +281,8 @@ impl Qcow2Writer {
     /// Writes all pages that are not empty. The file reads as zeroes where nothing was written, and
     /// takes no space there.
     fn write_sparse(&self, host: HostOffset, bytes: &[u8]) -> Result<(), WriteError> {
+        // Also where it ends with empty pages: it may be read back.
+        self.output.grow(host.0 + bytes.len() as u64);
         for (range, kind) in runs(bytes, ALIGNMENT) {
             if kind == ExtentKind::Data {
                 self.write(HostOffset(host.0 + range.start as u64), &bytes[range])?;

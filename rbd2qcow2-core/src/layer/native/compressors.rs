@@ -14,28 +14,35 @@ use crate::qcow2::writer::WriteError;
 /// Most compressors, whatever the number of processors.
 const MOST: usize = 64;
 
+/// The compressors of all layers that are written at once; clones share them.
+///
 /// Packing keeps a processor busy, so more compressors than twice the processors would only take
-/// memory: those that are handing over what they packed do not compute.
-#[derive(Debug)]
-pub(super) struct Compressors {
-    kind: CompressionType,
-    level: u8,
-    cluster_size: usize,
+/// memory, up to 34 MiB each: those that are handing over what they packed do not compute.
+#[derive(Clone, Debug)]
+pub struct Compressors {
     idle: Receiver<Slot>,
     back: Sender<Slot>,
 }
 
+/// What a compressor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Form {
+    pub(super) kind: CompressionType,
+    pub(super) level: u8,
+    pub(super) cluster_size: usize,
+}
+
 /// A compressor, once it is needed.
-struct Slot(Option<Compressor>);
+struct Slot(Option<(Form, Compressor)>);
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.0.is_some() { "Slot(compressor)" } else { "Slot" })
+        f.debug_tuple("Slot").field(&self.0.as_ref().map(|(form, _)| form)).finish()
     }
 }
 
-impl Compressors {
-    pub(super) fn new(kind: CompressionType, level: u8, cluster_size: usize) -> Self {
+impl Default for Compressors {
+    fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let count = (2 * processors).min(MOST);
         let (back, idle) = channel::bounded(count);
@@ -43,11 +50,13 @@ impl Compressors {
             // There is room for all.
             let _ = back.send(Slot(None));
         }
-        Self { kind, level, cluster_size, idle, back }
+        Self { idle, back }
     }
+}
 
+impl Compressors {
     /// A compressor. Waits until one is idle, or `aborted` says that there is no use in waiting.
-    pub(super) fn get(&self, aborted: impl Fn() -> bool) -> Result<Lease<'_>, NativeError> {
+    pub(super) fn get(&self, form: Form, aborted: impl Fn() -> bool) -> Result<Lease<'_>, NativeError> {
         let slot = loop {
             match self.idle.recv_timeout(Cancel::POLL) {
                 Ok(slot) => break slot,
@@ -56,9 +65,11 @@ impl Compressors {
             }
         };
         let mut lease = Lease { slot, compressors: self };
-        if lease.slot.0.is_none() {
-            let compressor = Compressor::new(self.kind, self.level, self.cluster_size);
-            lease.slot.0 = Some(compressor.map_err(NativeError::Compress)?);
+        if !matches!(&lease.slot.0, Some((known, _)) if *known == form) {
+            // The old one goes first: there is memory for so many.
+            lease.slot.0 = None;
+            let compressor = Compressor::new(form.kind, form.level, form.cluster_size);
+            lease.slot.0 = Some((form, compressor.map_err(NativeError::Compress)?));
         }
         Ok(lease)
     }
@@ -74,18 +85,44 @@ impl Deref for Lease<'_> {
     type Target = Compressor;
 
     fn deref(&self) -> &Compressor {
-        self.slot.0.as_ref().expect("made before it is leased")
+        &self.slot.0.as_ref().expect("made before it is leased").1
     }
 }
 
 impl DerefMut for Lease<'_> {
     fn deref_mut(&mut self) -> &mut Compressor {
-        self.slot.0.as_mut().expect("made before it is leased")
+        &mut self.slot.0.as_mut().expect("made before it is leased").1
     }
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let _ = self.compressors.back.send(Slot(self.slot.0.take()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each layer had its own once: with many images at once they took gigabytes.
+    #[test]
+    fn layers_share_compressors_whatever_they_pack() {
+        let all = Compressors::default();
+        let (count, other) = (all.idle.len(), all.clone());
+        let zstd = Form { kind: CompressionType::Zstd, level: 3, cluster_size: 65536 };
+        let mut leases: Vec<_> = (0..count).map(|_| all.get(zstd, || false).expect("idle")).collect();
+        assert!(other.get(zstd, || true).is_err(), "there is one more");
+        leases.pop();
+        let zlib = Form { kind: CompressionType::Zlib, level: 0, cluster_size: 512 };
+        for form in [zlib, zstd] {
+            let mut lease = other.get(form, || true).expect("idle");
+            let cluster = vec![7; form.cluster_size];
+            let packed =
+                lease.pack(&cluster, form.cluster_size - 1).expect("packed").expect("smaller").to_vec();
+            let mut unpacked = vec![0; form.cluster_size];
+            crate::qcow2::compressed::unpack(form.kind, &packed, &mut unpacked).expect("unpacked");
+            assert!(unpacked == cluster);
+        }
     }
 }

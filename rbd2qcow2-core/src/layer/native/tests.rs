@@ -7,13 +7,14 @@ use proptest::prelude::*;
 use super::*;
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
+use crate::chain::digests::{Content, DigestReader, DigestWriter};
 use crate::copy::Copy;
 use crate::layer::SECTOR;
 use crate::layer::qemu_nbd::testing::{contents, qemu_img, qemus};
 use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::check::check;
-use crate::qcow2::layer::LayerReader;
+use crate::qcow2::layer::{LayerReader, Piece};
 use crate::source::memory::MemorySource;
 
 /// How a layer of a test is written.
@@ -113,7 +114,9 @@ type Step = (Form, (usize, Vec<(usize, Stretch)>));
 
 /// Writes a layer that makes `content` out of what `base` says.
 fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block: usize) -> NativeLayer {
-    let layer = NativeLayer::create(spec).expect("created");
+    let layer = NativeLayer::create(spec, Compressors::default()).expect("created");
+    let digests_path = spec.path.with_extension("digests");
+    let digests = DigestWriter::create(&digests_path, spec.cluster_size).expect("created");
     let source = MemorySource {
         content: content.to_vec(),
         base: base.map(<[u8]>::to_vec),
@@ -125,7 +128,7 @@ fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block: usize) ->
         source: &source,
         layer: &layer,
         root: base.is_none(),
-        digests: None,
+        digests: Some(&digests),
         buffers: &BufferPool::new(4 << 20),
         rate_limit: None,
         parallel: 3,
@@ -135,7 +138,37 @@ fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block: usize) ->
     };
     copy.run().expect("copied");
     layer.finish().expect("finished");
+    digests.finish().expect("finished");
+    check_digests(&spec.path, &digests_path);
     layer
+}
+
+/// The digests cover what the layer holds, no more and no less.
+fn check_digests(layer: &Path, digests: &Path) {
+    let layer = LayerReader::open(layer).expect("a layer");
+    let mut covered: Vec<(Range<u64>, bool)> = Vec::new();
+    let add = |covered: &mut Vec<(Range<u64>, bool)>, range: Range<u64>, zero| match covered.last_mut() {
+        Some((last, kind)) if last.end == range.start && *kind == zero => last.end = range.end,
+        _ => covered.push((range, zero)),
+    };
+    for record in DigestReader::open(digests).expect("digests") {
+        let record = record.expect("a record");
+        let mut bytes = vec![0xee; record.length as usize];
+        assert_eq!(layer.read_at(record.offset, &mut bytes).expect("readable"), []);
+        match record.content {
+            Content::Data(hash) => assert_eq!(blake3::hash(&bytes), hash, "{record:?}"),
+            Content::Zero => assert!(bytes.iter().all(|byte| *byte == 0), "{record:?}"),
+        }
+        add(&mut covered, record.offset..record.end(), record.content == Content::Zero);
+    }
+    let mut held = Vec::new();
+    for piece in layer.map(0..layer.virtual_size()).expect("in range") {
+        let (range, piece) = piece.expect("readable");
+        if piece != Piece::Absent {
+            add(&mut held, range, piece == Piece::Zero);
+        }
+    }
+    assert_eq!(covered, held);
 }
 
 fn spec_of(directory: &Path, name: &str, size: usize, backing: Option<String>, form: &Form) -> LayerSpec {
@@ -147,6 +180,19 @@ fn spec_of(directory: &Path, name: &str, size: usize, backing: Option<String>, f
         compression: form.compression,
         extended_l2: form.extended_l2,
     }
+}
+
+/// Tables are written at the end: a disk that is full then is no matter of flushing.
+#[test]
+fn what_cannot_be_written_at_the_end_is_told_as_such() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let form =
+        Form { cluster_bits: 16, extended_l2: ExtendedL2::Auto, compression: Compression::None, block: 1 };
+    let spec = spec_of(directory.path(), "layer", 1 << 20, None, &form);
+    let layer = NativeLayer::create(&spec, Compressors::default()).expect("created");
+    layer.abort();
+    let error = layer.finish().expect_err("aborted");
+    assert!(matches!(error, LayerError::Write { .. }), "{error}");
 }
 
 /// Writes a chain, and gives its files, the newest first, with what each point holds.

@@ -91,15 +91,16 @@ impl Output {
         self.buffered.read_exact_at(bytes, offset)
     }
 
-    /// Makes the file at least `end` bytes long.
-    fn grow(&self, end: u64) {
+    /// Makes the file at least `end` bytes long, if possible: whole pages, since the system fills up
+    /// a part of one through the page cache when the file becomes longer.
+    pub(super) fn grow(&self, end: u64) {
         if end <= self.length.load(Ordering::Relaxed) {
             return;
         }
         let _growing = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
         let length = self.length.load(Ordering::Relaxed);
         if end > length {
-            let length = end + (end / 4).min(GROWTH);
+            let length = (end + (end / 4).min(GROWTH)).next_multiple_of(ALIGNMENT as u64);
             // Where that fails, for a limit on the file's size perhaps, the write may still be within
             // the limit, or says what is wrong.
             let _ = self.buffered.set_len(length);

@@ -2,6 +2,8 @@ use std::os::unix::fs::PermissionsExt;
 
 use super::*;
 use crate::buffer::BufferPool;
+use crate::qcow2::chain::ChainReader;
+use crate::qcow2::check::check;
 use crate::qcow2::layer::{LayerReader, Piece};
 
 const CLUSTER: u64 = 64 << 10;
@@ -155,6 +157,56 @@ fn zeroes_take_tables_only() {
     assert_eq!(pieces, expected);
 }
 
+/// A table at the very end of the file was not all there yet when its last pages are empty.
+#[test]
+fn tables_are_read_back_from_the_end_of_the_file() {
+    let directory = directory();
+    let per_table = CLUSTER / 16;
+    let spec = FileSpec { virtual_size: 2 * per_table * CLUSTER, ..spec(directory.path()) };
+    let file = create(&spec);
+    for round in 0..3 {
+        for cluster in [round, per_table + round] {
+            file.write_zeroes(cluster..cluster + 1).expect("written");
+        }
+    }
+    file.finish().expect("finished");
+    let layer = LayerReader::open(file.path()).expect("a layer");
+    let zeroes = layer.map(0..spec.virtual_size).expect("in range").map(Result::unwrap);
+    let zeroes: Vec<_> = zeroes.filter(|(_, piece)| *piece == Piece::Zero).map(|(range, _)| range).collect();
+    let second = per_table * CLUSTER;
+    assert_eq!(zeroes, [0..3 * CLUSTER, second..second + 3 * CLUSTER]);
+}
+
+/// The L1 table of a huge image is larger than the memory that tables are put together in.
+#[test]
+fn the_largest_l1_table_is_written() {
+    let directory = directory();
+    for size in [(64 << 30) + CLUSTER, 128 << 30] {
+        let spec = FileSpec {
+            cluster_bits: ClusterBits::new(9).expect("in range"),
+            virtual_size: size,
+            extended_l2: false,
+            ..spec(directory.path())
+        };
+        let file = create(&spec);
+        let last = size / 512 - 1;
+        file.write_clusters(0, &[1; 512]).expect("written");
+        file.write_clusters(last / 2, &[2; 512]).expect("written");
+        file.write_clusters(last, &[3; 512]).expect("written");
+        file.finish().expect("finished");
+        let layer = LayerReader::open(file.path()).expect("a layer");
+        let structure = check(&layer, &Cancel::new(), &mut |_| {}).expect("checked");
+        assert!(structure.is_clean(), "{structure:?}");
+        let chain = ChainReader::open(&[file.path().to_owned()]).expect("a chain");
+        for (cluster, byte) in [(0, 1), (1, 0), (last / 2, 2), (last, 3)] {
+            let mut found = [9; 512];
+            chain.read_at(cluster * 512, &mut found).expect("readable");
+            assert_eq!(found, [byte; 512], "cluster {cluster}");
+        }
+        std::fs::remove_file(file.path()).expect("removed");
+    }
+}
+
 /// A file system may take the flag for direct writes, and then refuse the writes.
 #[test]
 fn direct_writes_that_are_refused_go_through_the_page_cache() {
@@ -168,6 +220,7 @@ fn direct_writes_that_are_refused_go_through_the_page_cache() {
     let mut buffer = pool.get(8192, &Cancel::new()).expect("not cancelled");
     buffer.fill(b'x');
     output.write_at(4096, &buffer).expect("written");
+    assert_eq!(std::fs::metadata(&path).expect("there").len() % ALIGNMENT as u64, 0, "grown by whole pages");
     output.write_at(100, b"tail").expect("written");
     output.finish(20_000).expect("finished");
     let bytes = std::fs::read(&path).expect("readable");
