@@ -101,6 +101,8 @@ pub struct Qcow2Writer {
     packing: Packing,
     scratch: BufferPool,
     aborted: Cancel,
+    /// Whether a write has failed.
+    failed: Cancel,
 }
 
 impl Qcow2Writer {
@@ -126,6 +128,7 @@ impl Qcow2Writer {
             packing: Packing::new(spec.cluster_bits),
             scratch: BufferPool::new(SCRATCH_BYTES),
             aborted: Cancel::new(),
+            failed: Cancel::new(),
             spec,
         };
         Ok(writer)
@@ -138,13 +141,14 @@ impl Qcow2Writer {
     /// [`WriteError::Io`], [`WriteError::FileTooLarge`], [`WriteError::Twice`],
     /// [`WriteError::Aborted`].
     pub fn write_clusters(&self, first: u64, data: &[u8]) -> Result<(), WriteError> {
-        self.check_aborted()?;
-        let cluster_size = self.spec.cluster_bits.size();
-        let count = (data.len() as u64).div_ceil(cluster_size);
-        let host = self.space.take(count)?;
-        self.write(host, data)?;
-        let entries = (0..count).map(|index| L2Entry::Data(HostOffset(host.0 + index * cluster_size)));
-        self.map(first, entries)
+        self.run(|| {
+            let cluster_size = self.spec.cluster_bits.size();
+            let count = (data.len() as u64).div_ceil(cluster_size);
+            let host = self.space.take(count)?;
+            self.write(host, data)?;
+            let entries = (0..count).map(|index| L2Entry::Data(HostOffset(host.0 + index * cluster_size)));
+            self.map(first, entries)
+        })
     }
 
     /// Writes parts of the cluster number `cluster`.
@@ -161,18 +165,19 @@ impl Qcow2Writer {
         subclusters: Subclusters,
         data: SubclusterData<'_>,
     ) -> Result<(), WriteError> {
-        self.check_aborted()?;
-        let cluster_size = self.spec.cluster_bits.size();
-        let (start, size) = (cluster * cluster_size, cluster_size / SUBCLUSTERS);
-        let host = if subclusters.data_count() == 0 { HostOffset(0) } else { self.space.take(1)? };
-        for (run, kind) in subclusters.runs() {
-            if kind == SubclusterKind::Data {
-                let end = (start + run.end * size).min(self.spec.virtual_size);
-                let bytes = data.bytes(start + run.start * size..end);
-                self.write(HostOffset(host.0 + run.start * size), bytes)?;
+        self.run(|| {
+            let cluster_size = self.spec.cluster_bits.size();
+            let (start, size) = (cluster * cluster_size, cluster_size / SUBCLUSTERS);
+            let host = if subclusters.data_count() == 0 { HostOffset(0) } else { self.space.take(1)? };
+            for (run, kind) in subclusters.runs() {
+                if kind == SubclusterKind::Data {
+                    let end = (start + run.end * size).min(self.spec.virtual_size);
+                    let bytes = data.bytes(start + run.start * size..end);
+                    self.write(HostOffset(host.0 + run.start * size), bytes)?;
+                }
             }
-        }
-        self.map(cluster, [L2Entry::Subclusters(host, subclusters)])
+            self.map(cluster, [L2Entry::Subclusters(host, subclusters)])
+        })
     }
 
     /// Writes the cluster number `cluster` as `packed`: what a [`Compressor`] made of all of it, of
@@ -183,14 +188,15 @@ impl Qcow2Writer {
     ///
     /// [`Compressor`]: super::compressor::Compressor
     pub fn write_compressed(&self, cluster: u64, packed: &[u8]) -> Result<(), WriteError> {
-        self.check_aborted()?;
-        let (host, full) = self.packing.put(packed, self)?;
-        // Whoever fills a buffer writes it, while the others go on.
-        for (host, buffer) in full {
-            self.write(host, &buffer)?;
-        }
-        let packed = CompressedCluster { host, bytes: packed.len() as u64 };
-        self.map(cluster, [L2Entry::Compressed(packed)])
+        self.run(|| {
+            let (host, full) = self.packing.put(packed, self)?;
+            // Whoever fills a buffer writes it, while the others go on.
+            for (host, buffer) in full {
+                self.write(host, &buffer)?;
+            }
+            let packed = CompressedCluster { host, bytes: packed.len() as u64 };
+            self.map(cluster, [L2Entry::Compressed(packed)])
+        })
     }
 
     /// Makes whole clusters read as zeroes, whatever the layers below hold.
@@ -199,9 +205,8 @@ impl Qcow2Writer {
     /// As [`write_clusters`](Self::write_clusters).
     pub fn write_zeroes(&self, clusters: Range<u64>) -> Result<(), WriteError> {
         for start in clusters.clone().step_by(ZEROES_AT_ONCE) {
-            self.check_aborted()?;
             let end = clusters.end.min(start + ZEROES_AT_ONCE as u64);
-            self.map(start, (start..end).map(|_| L2Entry::Zero))?;
+            self.run(|| self.map(start, (start..end).map(|_| L2Entry::Zero)))?;
         }
         Ok(())
     }
@@ -221,9 +226,13 @@ impl Qcow2Writer {
     /// once, when no other call is under way.
     ///
     /// # Errors
-    /// As [`write_clusters`](Self::write_clusters), and [`WriteError::Sync`].
+    /// As [`write_clusters`](Self::write_clusters), and [`WriteError::Sync`]; [`WriteError::Aborted`] also
+    /// when a write had failed.
     pub fn finish(&self) -> Result<(), WriteError> {
         self.check_aborted()?;
+        if self.failed.is_set() {
+            return Err(WriteError::Aborted);
+        }
         self.packing.finish(self)?;
         self.mapping.finish(self)?;
         let refcount_table = self.packing.write_refcounts(self)?;
@@ -241,6 +250,13 @@ impl Qcow2Writer {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.spec.path
+    }
+
+    /// Writes something, unless the file was given up. After an error there must be no way to finish
+    /// the file. (No abort: other threads would then tell of that, perhaps before the error is told.)
+    fn run(&self, write: impl FnOnce() -> Result<(), WriteError>) -> Result<(), WriteError> {
+        self.check_aborted()?;
+        write().inspect_err(|_| self.failed.set())
     }
 
     fn check_aborted(&self) -> Result<(), WriteError> {

@@ -7,7 +7,7 @@ use crate::buffer::BufferPool;
 use crate::chain::manifest::tests::record;
 use crate::chain::{ChainWriter, LayerPlan};
 use crate::copy::Copy;
-use crate::layer::native::NativeLayer;
+use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::testing::Random;
 use crate::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter, SECTOR};
 use crate::progress::Progress;
@@ -77,7 +77,7 @@ impl Store {
             compression,
             extended_l2,
         };
-        let layer = NativeLayer::create(&spec).expect("created");
+        let layer = NativeLayer::create(&spec, Compressors::default()).expect("created");
         let base = self.contents.last().cloned();
         let source = MemorySource { content: content.to_vec(), base, block: 1000, ..MemorySource::default() };
         let (cancel, progress) = (Cancel::new(), Progress::default());

@@ -63,7 +63,8 @@ pub enum WriteError {
     /// The file could not be brought to stable storage.
     #[error("cannot bring the file to stable storage")]
     Sync(#[source] io::Error),
-    /// [`abort`](super::Qcow2Writer::abort) was called, or the file is finished.
+    /// [`abort`](super::Qcow2Writer::abort) was called, or the file is finished, or is to be although
+    /// a write has failed.
     #[error("the file is not to be written any more")]
     Aborted,
 }

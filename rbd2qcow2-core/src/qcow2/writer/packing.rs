@@ -15,6 +15,9 @@ const BUFFER_BYTES: usize = if cfg!(test) { 8 << 10 } else { 1 << 20 };
 /// that others have taken the space behind of is lost.
 const RUN_BYTES: u64 = if cfg!(test) { 32 << 10 } else { 4 << 20 };
 
+/// And so many clusters, at least.
+const RUN_CLUSTERS: u64 = if cfg!(test) { 1 } else { 8 };
+
 /// Puts compressed data into the file.
 #[derive(Debug)]
 pub(super) struct Packing {
@@ -84,8 +87,8 @@ impl Run {
 impl Packing {
     pub(super) fn new(cluster_bits: ClusterBits) -> Self {
         let state = State { run: None, refcounts: Refcounts::new(cluster_bits) };
-        // A piece takes a cluster at most.
-        let run_bytes = RUN_BYTES.max(cluster_bits.size());
+        // A piece takes a cluster at most, and what is lost at a run's end is less than one.
+        let run_bytes = RUN_BYTES.max(RUN_CLUSTERS * cluster_bits.size());
         Self { cluster_bits, run_bytes, state: Mutex::new(state) }
     }
 

@@ -77,6 +77,7 @@ fn a_cluster_is_written_once() {
             first(&file).expect("written");
             let error = second(&file).expect_err("twice");
             assert!(matches!(error, WriteError::Twice { .. }), "{error}");
+            assert!(matches!(file.finish(), Err(WriteError::Aborted)), "what has failed cannot be finished");
             std::fs::remove_file(file.path()).expect("removed");
         }
     }
