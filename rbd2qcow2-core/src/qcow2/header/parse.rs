@@ -208,14 +208,15 @@ fn check_table(
     cluster_bits: ClusterBits,
     file_bytes: u64,
 ) -> Result<(), HeaderError> {
-    if !is_cluster(table.offset, cluster_bits) {
-        return Err(field(offset_field, table.offset, "a multiple of the cluster size"));
-    }
-    if table.entries == 0 {
+    if table.entries == 0 && is_cluster(table.offset, cluster_bits) {
         return Ok(());
     }
-    if table.offset == 0 {
-        return Err(field(offset_field, table.offset, "behind the header"));
+    if table.entries == 0 || table.offset == 0 || !table.offset.is_multiple_of(cluster_bits.size()) {
+        return Err(field(
+            offset_field,
+            table.offset,
+            "a multiple of the cluster size, and behind the header",
+        ));
     }
     // Entries were limited before, so only the offset can be out of all bounds.
     match table.offset.checked_add(table.entries * 8) {
