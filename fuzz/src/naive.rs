@@ -160,8 +160,8 @@ impl Head {
                 let entries = cluster / u128::from(self.entry_bytes());
                 u128::from(self.size) > u128::from(self.l1_entries) * entries * cluster
             }
-            // Tables are not in the header, and within the file.
-            HeaderError::Field { field: "l1_table_offset", .. } => self.l1_offset == 0,
+            // Tables are not in the header, and within the file; those without entries are aligned, too.
+            HeaderError::Field { field: "l1_table_offset", .. } => self.l1_offset == 0 || self.l1_entries == 0,
             HeaderError::Field { field: "refcount_table_offset", .. } => self.refcount_offset == 0,
             HeaderError::Truncated { what: "the refcount table", .. } => {
                 u128::from(self.refcount_offset) + refcounts > u128::from(file_bytes)
@@ -169,8 +169,10 @@ impl Head {
             // The backing file's name lies behind the header in the first cluster, and is text.
             HeaderError::Field { field: "backing_file_offset" | "backing_file_size", .. }
             | HeaderError::Truncated { what: "the backing file's name", .. } => self.backing_offset != 0,
-            // This reader does not look at extensions.
-            HeaderError::Field { field: "extension length", .. } | HeaderError::NotText(_) => true,
+            // This reader does not look at extensions, autoclear features, and the table of snapshots.
+            HeaderError::Field { field: "extension length" | "extension type", .. }
+            | HeaderError::Field { field: "autoclear_features" | "snapshots_offset", .. }
+            | HeaderError::NotText(_) => true,
             _ => false,
         }
     }

@@ -171,12 +171,13 @@ pub struct BackupArgs {
     /// What writes the qcow2 files
     #[arg(long, value_name = "WRITER", default_value = "native")]
     writer: WriterArg,
-    /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read), with a level from 1
-    /// (fast) to 22 (small), 2 with the native writer unless told. What does not get smaller is stored
+    /// How clusters are stored: none, zlib or zstd (needs QEMU 5.1 to read). With the native writer,
+    /// zstd has levels from 1 (fast) to 22 (small), 2 unless told. What does not get smaller is stored
     /// as it is
     #[arg(long, value_name = "none|zlib|zstd[:LEVEL]", default_value = "none", value_parser = values::compression)]
     compression: Compression,
-    /// Cluster size of new files: a power of two from 512 to 2M [default: the writer's choice]
+    /// Cluster size of new files: a power of two from 512 to 2M. Small ones do not go with large images:
+    /// 512 bytes with 128 GiB at most, 4K with 8 TiB [default: 128K]
     #[arg(long, value_name = "SIZE", value_parser = values::cluster_size)]
     cluster_size: Option<u32>,
     /// Do without subclusters, so that QEMU older than 5.2 can read the files. Small scattered changes

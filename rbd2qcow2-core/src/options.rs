@@ -62,7 +62,8 @@ pub struct BackupOptions {
     pub writer: Writer,
     /// How clusters are stored.
     pub compression: Compression,
-    /// Cluster size of new layers in bytes, a power of two from 512 to 2 MiB; `None`: the writer's default.
+    /// Cluster size of new layers in bytes, a power of two from 512 to 2 MiB; `None`:
+    /// [`LayerSpec::DEFAULT_CLUSTER_SIZE`](crate::layer::LayerSpec::DEFAULT_CLUSTER_SIZE).
     pub cluster_size: Option<u32>,
     /// Whether clusters have subclusters.
     pub extended_l2: ExtendedL2,

@@ -277,9 +277,21 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 /// The program while it runs. Killed when this is dropped.
 #[derive(Debug)]
 pub struct Running {
-    child: Child,
+    child: Mortal,
     stdout: Collector,
     stderr: Collector,
+}
+
+/// A process that does not outlive a test that fails.
+#[derive(Debug)]
+struct Mortal(Child);
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        // Not waited for: a disk may hold it that only comes back after this. Where it has ended, this
+        // does nothing.
+        let _ = self.0.kill();
+    }
 }
 
 /// Collects what a program says, so that it never waits for us.
@@ -319,16 +331,16 @@ impl Running {
         let mut child = command.spawn().expect("the program was built for this test");
         let stdout = Collector::start(child.stdout.take().expect("piped"));
         let stderr = Collector::start(child.stderr.take().expect("piped"));
-        Self { child, stdout, stderr }
+        Self { child: Mortal(child), stdout, stderr }
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("it was not waited for");
+        kill_process(Pid::from_child(&self.child.0), signal).expect("it was not waited for");
     }
 
     /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
-        self.child.try_wait().expect("our child").is_some()
+        self.child.0.try_wait().expect("our child").is_some()
     }
 
     /// Waits until it said something on its standard error.
@@ -356,11 +368,11 @@ impl Running {
     pub fn wait_status(mut self) -> (ExitStatus, program::Run) {
         let deadline = Instant::now() + HANG;
         let status = loop {
-            if let Some(status) = self.child.try_wait().expect("our child") {
+            if let Some(status) = self.child.0.try_wait().expect("our child") {
                 break status;
             }
             if Instant::now() >= deadline {
-                let threads = threads_of(self.child.id());
+                let threads = threads_of(self.child.0.id());
                 self.signal(Signal::KILL);
                 panic!("the program hangs; it said {:?}; its threads: {threads}", self.stderr.so_far());
             }

@@ -29,14 +29,17 @@ pub const FINDINGS_KEPT: usize = 100;
 struct Limits {
     /// How many clusters of the file are looked at in one pass through the tables: a multiple of 8.
     window_clusters: u64,
-    /// How many passes there are, at most.
+    /// How many passes there are, at most, besides those that what the file uses is worth.
     passes: u64,
 }
 
 /// Windows of 18 bits for each cluster take 27 MiB, and one does for 1.5 TiB of the default clusters of
-/// 128 KiB. So many passes do for 24 TiB of the smallest clusters: a file that needs more does not hold
-/// what it claims.
-const LIMITS: Limits = Limits { window_clusters: 12 << 20, passes: 4096 };
+/// 128 KiB. Files that a backup wrote need one pass for each 12 million clusters that they use. So many
+/// more do for whatever else has holes: a sparse file that needs them all was made to take long.
+const LIMITS: Limits = Limits { window_clusters: 12 << 20, passes: 64 };
+
+/// How many windows there may be for each that what is used would fill, if it lay together.
+const WINDOWS_FOR_ONE: u64 = 4;
 
 /// Why a file could not be checked to the end. Says nothing of the file's structure.
 #[derive(Debug, thiserror::Error)]
@@ -132,9 +135,9 @@ impl Structure {
 /// Takes some 30 MiB of memory, and 8 bytes for each L2 table: 32 MiB where the L1 table is as large as
 /// it may be. Files of more than 12 million clusters take several passes: one for each 12 million, except
 /// where nothing is used. In each pass every L2 table in the file is read once, however many entries name
-/// it, and of the refcount blocks what describes clusters of the file. There are 4096 passes at most
-/// ([`Finding::Scattered`]). So the work is bounded by the file's length, whatever its tables claim; but a
-/// sparse file may be long.
+/// it, and of the refcount blocks what describes clusters of the file. There are 64 passes at most, and four
+/// more for each 12 million clusters that are used ([`Finding::Scattered`]). So the work is bounded by the
+/// file's length, whatever its tables claim; but a sparse file may be long.
 ///
 /// # Errors
 /// [`CheckError::Read`] when the file cannot be read ([`ReadError::Io`], [`ReadError::Shrunk`]),

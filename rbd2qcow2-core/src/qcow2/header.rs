@@ -23,6 +23,15 @@ pub const MAGIC: u32 = 0x5146_49fb;
 /// Longest backing file name, in bytes.
 pub const BACKING_NAME_MAX: u32 = 1023;
 
+/// Longest name of the backing file's format that QEMU opens, in bytes.
+const BACKING_FORMAT_MAX: u32 = 15;
+
+/// Length of the header extension that tells of bitmaps, in bytes.
+const BITMAPS_LENGTH: u32 = 24;
+
+/// The number of encryption by LUKS.
+const LUKS: u32 = 2;
+
 /// Largest L1 table that QEMU opens, in bytes.
 pub const L1_TABLE_MAX: u64 = 32 << 20;
 
@@ -51,10 +60,15 @@ mod incompatible {
     pub const KNOWN: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2;
 }
 
+/// Bit of the autoclear features: the external data file can be read without its header.
+const AUTOCLEAR_RAW_DATA: u64 = 1 << 1;
+
 /// Types of header extensions.
 mod extension {
     pub const END: u32 = 0;
     pub const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub const BITMAPS: u32 = 0x2385_2875;
+    pub const ENCRYPTION: u32 = 0x0537_be77;
 }
 
 /// The fields of version 2, which begin every version, as they stand in the file.

@@ -213,7 +213,7 @@ fn shown_in(owners: &[Vec<(Range<u64>, usize)>], number: usize, ranges: &[Range<
 /// Where the data of a point's own layer are said to be damaged.
 fn damaged_content(report: &PointReport) -> Vec<Range<u64>> {
     let range = |finding: &Finding| match finding {
-        Finding::Content { range, .. } => Some(range.clone()),
+        Finding::Content { range, .. } | Finding::Read { range, .. } => Some(range.clone()),
         _ => None,
     };
     report.findings.iter().filter_map(range).collect()

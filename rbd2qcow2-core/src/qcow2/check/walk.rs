@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::source::{Source, Stored};
 use super::window::{MOST_USES, Use, Window};
-use super::{CheckError, Finding, HostOffset, Limits, Place, Progress, Structure};
+use super::{CheckError, Finding, HostOffset, Limits, Place, Progress, Structure, WINDOWS_FOR_ONE};
 use crate::cancel::Cancel;
 use crate::qcow2::layer::LayerReader;
 use crate::qcow2::refcount::RefcountEntry;
@@ -36,6 +36,8 @@ pub(super) struct Walk<'a> {
     window: Window,
     /// What does not depend on the window is told in the first pass only.
     first_pass: bool,
+    /// How many clusters are used by entries that were read: those used twice count twice.
+    used: u64,
     /// The first cluster behind the window of which there is anything to tell.
     next: Option<u64>,
     /// The offsets of all L2 tables, ascending; an offset that several entries name is there as often.
@@ -60,6 +62,7 @@ impl<'a> Walk<'a> {
             clusters: geometry.file_bytes.div_ceil(geometry.cluster_size()),
             window: Window::default(),
             first_pass: true,
+            used: 0,
             next: Some(0),
             tables: Vec::new(),
             done: 0,
@@ -74,7 +77,8 @@ impl<'a> Walk<'a> {
         self.list_tables()?;
         for pass in 0.. {
             let Some(next) = self.next.take() else { break };
-            if pass == self.limits.passes {
+            let worth = self.used / self.limits.window_clusters * WINDOWS_FOR_ONE;
+            if pass == self.limits.passes.saturating_add(worth) {
                 let host = HostOffset(next * self.geometry.cluster_size());
                 self.found.add(Finding::Scattered { host });
                 break;
@@ -260,6 +264,9 @@ impl<'a> Walk<'a> {
     /// Counts `times` uses of the clusters that the bytes `range` of the file lie in.
     fn count(&mut self, range: &Range<u64>, how: Use, times: u64, place: Place) {
         let (clusters, window) = (self.clusters_of(range), self.window.range());
+        if self.first_pass {
+            self.used += clusters.end.saturating_sub(clusters.start);
+        }
         for cluster in clusters.start.max(window.start)..clusters.end.min(window.end) {
             if self.window.add(cluster, how, times) {
                 let host = HostOffset(cluster * self.geometry.cluster_size());

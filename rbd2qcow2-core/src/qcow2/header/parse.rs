@@ -4,9 +4,10 @@ use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
 use super::{
-    BACKING_NAME_MAX, Backing, COMPRESSION_TYPE_OFFSET, ClusterBits, CompressionType, EXTENDED_L2_MIN_BITS,
-    Encryption, Header, HeaderError, L1_TABLE_MAX, MAGIC, REFCOUNT_TABLE_MAX, RawV2, RawV3, Table, V2_LENGTH,
-    V3_LENGTH, Version, extension, incompatible,
+    AUTOCLEAR_RAW_DATA, BACKING_FORMAT_MAX, BACKING_NAME_MAX, BITMAPS_LENGTH, Backing,
+    COMPRESSION_TYPE_OFFSET, ClusterBits, CompressionType, EXTENDED_L2_MIN_BITS, Encryption, Header,
+    HeaderError, L1_TABLE_MAX, LUKS, MAGIC, REFCOUNT_TABLE_MAX, RawV2, RawV3, Table, V2_LENGTH, V3_LENGTH,
+    Version, extension, incompatible,
 };
 
 impl Header {
@@ -43,6 +44,11 @@ impl Header {
                 Features::validate(&raw, prefix, cluster_bits)?
             }
         };
+        let snapshots_offset = raw.snapshots_offset.get();
+        if !is_cluster(snapshots_offset, cluster_bits) {
+            // Even where there are none, as in QEMU.
+            return Err(field("snapshots_offset", snapshots_offset, "a multiple of the cluster size"));
+        }
         let first_cluster =
             &prefix[..prefix.len().min(usize::try_from(cluster_bits.size()).unwrap_or(usize::MAX))];
         Ok(Self {
@@ -99,6 +105,10 @@ impl Features {
         if unknown != 0 {
             return Err(HeaderError::UnknownFeatures { bits: unknown });
         }
+        let autoclear = raw.autoclear_features.get();
+        if autoclear & AUTOCLEAR_RAW_DATA != 0 && incompatible & incompatible::EXTERNAL_DATA == 0 {
+            return Err(field("autoclear_features", autoclear, "no raw external data without such a file"));
+        }
         if incompatible & incompatible::EXTENDED_L2 != 0 && cluster_bits.bits() < EXTENDED_L2_MIN_BITS {
             let rule = "subclusters need clusters of 16 KiB or more";
             return Err(field("cluster_bits", cluster_bits.bits(), rule));
@@ -132,7 +142,7 @@ impl Features {
         Ok(Self {
             incompatible,
             compatible: raw.compatible_features.get(),
-            autoclear: raw.autoclear_features.get(),
+            autoclear,
             refcount_order,
             header_length,
             compression_type,
@@ -148,7 +158,7 @@ fn encryption(method: u32) -> Result<Encryption, HeaderError> {
     match method {
         0 => Ok(Encryption::None),
         1 => Ok(Encryption::Aes),
-        2 => Ok(Encryption::Luks),
+        LUKS => Ok(Encryption::Luks),
         other => Err(field("crypt_method", other, "0 (none), 1 (AES) or 2 (LUKS)")),
     }
 }
@@ -185,6 +195,11 @@ fn refcount_table(raw: &RawV2, cluster_bits: ClusterBits, file_bytes: u64) -> Re
     Ok(table)
 }
 
+/// Whether a cluster can begin at `offset`: no file is longer than 2^63 - 1 bytes.
+fn is_cluster(offset: u64, cluster_bits: ClusterBits) -> bool {
+    offset.is_multiple_of(cluster_bits.size()) && offset.cast_signed() >= 0
+}
+
 /// Checks that `table` lies behind the header, at a cluster's start, and within the file.
 fn check_table(
     what: &'static str,
@@ -193,11 +208,15 @@ fn check_table(
     cluster_bits: ClusterBits,
     file_bytes: u64,
 ) -> Result<(), HeaderError> {
-    if table.entries == 0 {
+    if table.entries == 0 && is_cluster(table.offset, cluster_bits) {
         return Ok(());
     }
-    if table.offset == 0 || !table.offset.is_multiple_of(cluster_bits.size()) {
-        return Err(field(offset_field, table.offset, "a multiple of the cluster size, not 0"));
+    if table.entries == 0 || table.offset == 0 || !table.offset.is_multiple_of(cluster_bits.size()) {
+        return Err(field(
+            offset_field,
+            table.offset,
+            "a multiple of the cluster size, and behind the header",
+        ));
     }
     // Entries were limited before, so only the offset can be out of all bounds.
     match table.offset.checked_add(table.entries * 8) {
@@ -215,48 +234,60 @@ fn backing(
 ) -> Result<Option<Backing>, HeaderError> {
     let offset = raw.backing_file_offset.get();
     let length = raw.backing_file_size.get();
-    // As in QEMU: without an offset or a length there is no backing file.
-    let named = offset != 0 && length != 0;
-    let mut extensions_end = first_cluster.len();
+    if offset > 1 << raw.cluster_bits.get() {
+        return Err(field("backing_file_offset", offset, "in the first cluster"));
+    }
+    // As in QEMU: extensions end at the offset, and without an offset or a length there is no backing
+    // file. Fits in usize: it lies in the first cluster.
+    let start = usize::try_from(offset).unwrap_or(usize::MAX);
+    let extensions_end = if offset == 0 { first_cluster.len() } else { start };
     let mut name = None;
-    if named {
+    if offset != 0 && length != 0 {
         if length > BACKING_NAME_MAX {
             return Err(field("backing_file_size", length, "at most 1023"));
         }
-        if offset < u64::from(header_length) || offset > 1 << raw.cluster_bits.get() {
-            return Err(field("backing_file_offset", offset, "behind the header, in the first cluster"));
+        if offset < u64::from(header_length) {
+            return Err(field("backing_file_offset", offset, "behind the header"));
         }
         let end = offset + u64::from(length);
         if end > 1 << raw.cluster_bits.get() {
             return Err(field("backing_file_size", length, "short enough for the first cluster"));
         }
         let what = "the backing file's name";
-        // Both fit in usize: they lie in the first cluster.
-        let (start, stop) = (usize::try_from(offset).unwrap_or(0), usize::try_from(end).unwrap_or(0));
-        let bytes = first_cluster.get(start..stop);
+        let bytes = first_cluster.get(start..usize::try_from(end).unwrap_or(usize::MAX));
         let bytes = bytes.ok_or(HeaderError::Truncated { what, needed: end, file_bytes })?;
         name = Some(text(bytes, "backing file name")?);
-        extensions_end = start;
     }
     let extensions = first_cluster.get(header_length as usize..extensions_end).unwrap_or_default();
-    let format = backing_format(extensions)?;
+    let format = backing_format(extensions, raw.crypt_method.get())?;
     Ok(name.map(|name| Backing { name, format }))
 }
 
-/// Walks the header extensions and returns what the one for the backing format says.
-fn backing_format(mut rest: &[u8]) -> Result<Option<String>, HeaderError> {
+/// Walks the header extensions, as QEMU does, and returns what the one for the backing format says.
+fn backing_format(mut rest: &[u8], crypt_method: u32) -> Result<Option<String>, HeaderError> {
     let mut format = None;
-    while let Ok((kind, after)) = U32::read_from_prefix(rest) {
-        if kind == extension::END {
-            break;
-        }
+    while !rest.is_empty() {
         let cut_off = |length: u64| field("extension length", length, "short enough for the first cluster");
+        let (kind, after) = U32::read_from_prefix(rest).map_err(|_| cut_off(0))?;
         let (length, after) = U32::read_from_prefix(after).map_err(|_| cut_off(0))?;
-        let data = after.get(..length.get() as usize).ok_or_else(|| cut_off(length.get().into()))?;
-        // All others may be ignored, says the format. (That there is an external data file is told by
-        // an incompatible feature, too.)
-        if kind == extension::BACKING_FORMAT {
-            format = Some(text(data, "backing format")?);
+        let length = length.get();
+        // Also that of the end's mark.
+        let data = after.get(..length as usize).ok_or_else(|| cut_off(length.into()))?;
+        match kind.get() {
+            extension::END => break,
+            extension::BACKING_FORMAT if length > BACKING_FORMAT_MAX => {
+                return Err(field("extension length", length, "at most 15 for the backing format"));
+            }
+            extension::BACKING_FORMAT => format = Some(text(data, "backing format")?),
+            extension::BITMAPS if length != BITMAPS_LENGTH => {
+                return Err(field("extension length", length, "24 for bitmaps"));
+            }
+            extension::ENCRYPTION if crypt_method != LUKS => {
+                return Err(field("extension type", kind.get(), "none of LUKS without that encryption"));
+            }
+            // All others may be ignored, says the format. (That there is an external data file is told
+            // by an incompatible feature, too.)
+            _ => {}
         }
         // Data are padded to 8 bytes; the padding of the last one may be missing.
         rest = after.get(data.len().next_multiple_of(8)..).unwrap_or_default();

@@ -122,7 +122,53 @@ fn features_are_told() {
     zstd[104] = 2;
     assert!(matches!(Header::parse(&zstd, FILE_BYTES), Err(HeaderError::Field { value: 2, .. })));
     assert_eq!(with(80, &1u64.to_be_bytes()).expect("valid").compatible_features, 1);
-    assert_eq!(with(88, &3u64.to_be_bytes()).expect("valid").autoclear_features, 3);
+    assert_eq!(with(88, &5u64.to_be_bytes()).expect("valid").autoclear_features, 5);
+}
+
+/// QEMU refuses these, too: see `an_accepted_header_opens_in_qemu` of the check.
+#[test]
+fn what_is_not_there_is_checked_all_the_same() {
+    let extension = |kind: u32, length: u32| {
+        let bytes = [kind.to_be_bytes(), length.to_be_bytes()].concat();
+        with(128, &bytes)
+    };
+    let no_name = |offset: u64| {
+        let mut bytes = sample();
+        bytes[8..16].copy_from_slice(&offset.to_be_bytes());
+        bytes[16..20].fill(0);
+        Header::parse(&bytes, FILE_BYTES)
+    };
+    let no_l1 = |offset: u64| {
+        let mut bytes = sample();
+        bytes[24..32].fill(0);
+        bytes[36..40].fill(0);
+        bytes[40..48].copy_from_slice(&offset.to_be_bytes());
+        Header::parse(&bytes, FILE_BYTES)
+    };
+    let cases = [
+        (with(64, &512u64.to_be_bytes()), "snapshots_offset"),
+        (with(64, &(1u64 << 63).to_be_bytes()), "snapshots_offset"),
+        (with(88, &2u64.to_be_bytes()), "autoclear_features"),
+        (no_l1(512), "l1_table_offset"),
+        (no_l1(1 << 63), "l1_table_offset"),
+        (no_name(65537), "backing_file_offset"),
+        // Between the data of the last extension and this, 4 bytes are left for the next.
+        (no_name(188), "extension length"),
+        (extension(extension::END, 65), "extension length"),
+        (extension(extension::BACKING_FORMAT, 16), "extension length"),
+        (extension(extension::BITMAPS, 16), "extension length"),
+        (extension(extension::ENCRYPTION, 16), "extension type"),
+    ];
+    for (header, expected) in cases {
+        match header {
+            Err(HeaderError::Field { field, .. }) => assert_eq!(field, expected),
+            other => panic!("{expected}: {other:?}"),
+        }
+    }
+    for header in [no_l1(0), no_l1(1 << 40), no_name(192), with(64, &(1u64 << 40).to_be_bytes())] {
+        header.expect("valid");
+    }
+    extension(extension::BITMAPS, 24).expect("valid");
 }
 
 #[test]

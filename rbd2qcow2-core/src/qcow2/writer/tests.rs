@@ -146,16 +146,21 @@ fn a_cluster_of_the_file_takes_as_many_pieces_as_can_be_counted() {
 
 #[test]
 fn zeroes_take_tables_only() {
+    // 256 L2 tables, of which 128 are kept in memory.
+    const SIZE: u64 = 1 << 36;
     let directory = directory();
-    let spec = FileSpec { virtual_size: 1 << 40, ..spec(directory.path()) };
+    let spec = FileSpec { virtual_size: SIZE, ..spec(directory.path()) };
     let file = create(&spec);
-    file.write_zeroes(1..(1 << 24) - 1).expect("written");
+    file.write_zeroes(1..SIZE / CLUSTER - 1).expect("written");
     file.finish().expect("finished");
     let layer = LayerReader::open(file.path()).expect("a layer");
-    let pieces: Vec<_> = layer.map(0..1 << 40).expect("in range").map(Result::unwrap).collect();
-    let end = (1 << 40) - CLUSTER;
-    let expected = [(0..CLUSTER, Piece::Absent), (CLUSTER..end, Piece::Zero), (end..1 << 40, Piece::Absent)];
+    let pieces: Vec<_> = layer.map(0..SIZE).expect("in range").map(Result::unwrap).collect();
+    let end = SIZE - CLUSTER;
+    let expected = [(0..CLUSTER, Piece::Absent), (CLUSTER..end, Piece::Zero), (end..SIZE, Piece::Absent)];
     assert_eq!(pieces, expected);
+    // Header, L1 table, L2 tables, a refcount block and the refcount table.
+    let length = std::fs::metadata(file.path()).expect("there").len();
+    assert_eq!(length, (256 + 4) * CLUSTER);
 }
 
 /// A table at the very end of the file was not all there yet when its last pages are empty.

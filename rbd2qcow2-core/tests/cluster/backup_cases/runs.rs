@@ -185,18 +185,19 @@ fn a_second_run_on_a_locked_chain_fails_at_once() {
     let spec = store.image("locked", 16 * MIB, &Layout::default());
     store.driver.write(&spec, 0, 16 * MIB, 1).expect("a write");
     let second = store.pool_backup(std::slice::from_ref(&spec));
-    store.options.rate_limit = Some(4 * MIB);
+    store.options.rate_limit = Some(2 * MIB);
     let first = store.pool_backup(std::slice::from_ref(&spec));
     let (begun, wait) = std::sync::mpsc::sync_channel(1);
     let report = std::thread::scope(|scope| {
         let first = scope.spawn(move || first.run(&Begun(begun), &Cancel::new()).expect("the pool").pop());
         wait.recv_timeout(Duration::from_secs(60)).expect("the copy begins");
-        let start = Instant::now();
         let refused = second.run(&(), &Cancel::new()).expect("the pool").pop().expect("a report");
-        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
         assert_eq!(refused.status, Status::Failed);
         assert!(why(&refused).contains("another run is writing"), "{}", why(&refused));
-        assert!(!first.is_finished(), "the first run was too quick to be in the way");
+        assert!(
+            !first.is_finished(),
+            "the second run has waited, or the first was too quick to be in the way"
+        );
         first.join().expect("no panic").expect("a report")
     });
     store.take_in(&spec, &report, &[]).assert_full(None);

@@ -159,6 +159,26 @@ fn passes_are_numbered() {
 }
 
 #[test]
+fn what_is_used_is_worth_passes() {
+    // One L2 table that is full, of clusters of which each but the first four has a window of its own.
+    let far = |index: u64| (index + 1) << 40;
+    let place = |index: u64| if index < 4 { 4096 + index * 512 } else { far(index) };
+    let entries = (0..64).flat_map(|index| place(index).to_be_bytes()).collect();
+    let pieces = vec![header(9, (1024, 1), (512, 1)), number(1024, 1536), (1536, entries)];
+    let source = Sparse { pieces, read: Arc::default() };
+    let layer = LayerReader::from_source(Path::new("sparse"), source, 1 << 48).expect("valid");
+    // 68 clusters are used: header, two tables, the L2 table and what it names. They lie in 61 windows of
+    // 64 clusters, or in 62 of 8.
+    for (window_clusters, passes, enough) in [(64, 57, true), (64, 56, false), (8, 30, true), (8, 29, false)]
+    {
+        let limits = Limits { window_clusters, passes };
+        let found = Walk::new(&layer, &Cancel::new(), &mut |_| (), limits).run().expect("readable");
+        let scattered = found.errors.iter().any(|finding| matches!(finding, Finding::Scattered { .. }));
+        assert_eq!(scattered, !enough, "{window_clusters} clusters, {passes} passes");
+    }
+}
+
+#[test]
 fn a_stop_is_heeded() {
     let pieces = vec![header(9, (1024, 1), (512, 1))];
     let source = Sparse { pieces, read: Arc::default() };
