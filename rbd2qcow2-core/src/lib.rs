@@ -30,6 +30,7 @@ pub mod extent;
 pub mod layer;
 pub mod nbd;
 pub mod options;
+mod output;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
