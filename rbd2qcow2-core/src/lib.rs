@@ -38,4 +38,5 @@ pub mod qcow2;
 pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;
+pub mod restore;
 pub mod source;

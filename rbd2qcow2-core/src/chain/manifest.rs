@@ -486,4 +486,4 @@ pub(super) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, ManifestE
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

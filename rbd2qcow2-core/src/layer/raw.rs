@@ -81,22 +81,22 @@ impl RawFile {
         Ok(Self { path: path.to_owned(), output, size, aborted: Cancel::new() })
     }
 
-    fn try_write(&self, patch: &Patch) -> Result<(), RawError> {
-        for piece in patch.pieces.iter().filter(|piece| piece.kind == ExtentKind::Data) {
+    /// Returns what was written. What the copy pads the image's last sector with is not.
+    fn try_write(&self, patch: &Patch) -> Result<Vec<Extent>, RawError> {
+        let ours = |piece: &Extent| Extent::new(piece.offset..piece.end().min(self.size), piece.kind);
+        let held: Vec<_> = patch.pieces.iter().filter_map(ours).collect();
+        for piece in held.iter().filter(|piece| piece.kind == ExtentKind::Data) {
             if self.aborted.is_set() {
                 return Err(RawError::Aborted);
             }
-            // What the copy pads the image's last sector with is not the image's.
-            let end = piece.end().min(self.size);
-            let Some(piece) = Extent::new(piece.offset.min(end)..end, ExtentKind::Data) else { continue };
-            let bytes = patch.bytes(&piece);
+            let bytes = patch.bytes(piece);
             self.output.write_at(piece.offset, &bytes).map_err(|cause| RawError::Write {
                 offset: piece.offset,
                 length: bytes.len(),
                 cause,
             })?;
         }
-        Ok(())
+        Ok(held)
     }
 
     fn try_finish(&self) -> Result<(), RawError> {
@@ -125,8 +125,7 @@ impl LayerWriter for RawFile {
 
     fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
         self.try_write(&patch)
-            .map_err(|cause| LayerError::Write { path: self.path.clone(), cause: cause.into() })?;
-        Ok(patch.pieces)
+            .map_err(|cause| LayerError::Write { path: self.path.clone(), cause: cause.into() })
     }
 
     fn abort(&self) {

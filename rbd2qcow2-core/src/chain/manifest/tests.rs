@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// A record of an image of `virtual_size` bytes in which every optional thing is set.
-pub(in crate::chain) fn record(virtual_size: u64, point: PointName) -> Record {
+pub(crate) fn record(virtual_size: u64, point: PointName) -> Record {
     let chain = ChainId::parse("00c0ffee").expect("an id");
     let text = |key: &[u8], value: &[u8]| (key.to_vec(), value.to_vec());
     Record {
