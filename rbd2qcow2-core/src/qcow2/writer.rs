@@ -2,11 +2,11 @@
 //!
 //! A layer of a backup is simple to write: every cluster of the guest is written once, nothing is
 //! overwritten, and nothing is freed. So space in the file is handed out by counting up
-//! ([`space`]), data go to it without a lock, and what describes them is small:
+//! (`space`), data go to it without a lock, and what describes them is small:
 //!
-//! - [`mapping`]: the L2 tables that were touched last, and the L1 table;
-//! - [`packing`]: the compressed data that do not fill a write yet;
-//! - [`refcounts`]: a refcount is one, but where compressed data share a cluster. Those are counted
+//! - `mapping`: the L2 tables that were touched last, and the L1 table;
+//! - `packing`: the compressed data that do not fill a write yet;
+//! - `refcounts`: a refcount is one, but where compressed data share a cluster. Those are counted
 //!   while they are packed, the others need not be remembered at all.
 //!
 //! What is complete is written as the copy passes, so memory does not grow with the file. The header
