@@ -9,7 +9,6 @@ use crate::chain::{ChainError, Problem};
 use crate::copy::CopyError;
 use crate::layer::LayerError;
 use crate::qcow2::error::ReadError;
-use crate::source::SourceError;
 
 /// Points that are named in a message, at most. The newest are.
 const NAMED: usize = 5;
@@ -56,36 +55,18 @@ pub enum RestoreError {
         #[source]
         cause: Box<Problem>,
     },
-    /// A layer that the point needs cannot be opened.
-    #[error("point {point} of image {:?} cannot be opened; {}", image.as_str(), Whole(whole))]
-    Unreadable {
-        /// The image.
-        image: ImageName,
-        /// The point.
-        point: PointName,
-        /// The points that do not need that layer, the oldest first.
-        whole: Vec<PointName>,
-        /// What is wrong, and with which file.
-        #[source]
-        cause: Box<ReadError>,
-    },
-    /// A layer that the point needs could not be read to the end.
-    #[error(
-        "point {point} of image {:?} cannot be restored, {} is damaged or cannot be read; {}",
-        image.as_str(), path.display(), Whole(whole)
-    )]
+    /// A layer that the point needs is damaged, or cannot be read for another reason.
+    #[error("point {point} of image {:?} cannot be read whole; {}", image.as_str(), Whole(whole))]
     Damaged {
         /// The image.
         image: ImageName,
         /// The point.
         point: PointName,
-        /// The layer.
-        path: PathBuf,
         /// The points that do not need that layer, the oldest first.
         whole: Vec<PointName>,
-        /// What is wrong, and where.
+        /// What is wrong, with which file ([`ReadError::path`]), and where.
         #[source]
-        cause: Box<SourceError>,
+        cause: Box<ReadError>,
     },
     /// The path is none of a file: it is empty, or ends with `..` or a slash.
     #[error("{} is not the path of a file", path.display())]

@@ -32,7 +32,7 @@ impl OpenPoint {
     /// # Errors
     /// [`RestoreError::Chain`] (for a chain that is being written:
     /// [`ChainError::Locked`]), [`RestoreError::UnknownImage`], [`RestoreError::UnknownPoint`],
-    /// [`RestoreError::Broken`], [`RestoreError::Unreadable`].
+    /// [`RestoreError::Broken`], [`RestoreError::Damaged`].
     pub fn open(dest: &Path, image: &ImageName, point: Option<PointName>) -> Result<Self, RestoreError> {
         let directory = image_directory(dest, image);
         let unknown = || RestoreError::UnknownImage { dest: dest.to_owned(), image: image.clone() };
@@ -97,40 +97,35 @@ impl OpenPoint {
         self.size
     }
 
-    /// What it means for the image's points that a layer could not be read.
+    /// What it means for the image's points that the chain could not be read.
     pub(super) fn explain(&self, error: SourceError) -> RestoreError {
-        let (SourceError::Segments { cause, .. }
-        | SourceError::Diff { cause, .. }
-        | SourceError::Read { cause, .. }) = &error;
-        let Some(path) = cause.downcast_ref::<ReadError>().and_then(ReadError::path).map(Path::to_owned)
-        else {
-            return RestoreError::Copy(error.into());
-        };
-        let whole = without(&self.catalogue, &path);
-        RestoreError::Damaged {
-            image: self.image().clone(),
-            point: self.name,
-            path,
-            whole,
-            cause: error.into(),
+        match error {
+            SourceError::Segments { cause, .. }
+            | SourceError::Diff { cause, .. }
+            | SourceError::Read { cause, .. }
+                if cause.is::<ReadError>() =>
+            {
+                let cause = cause.downcast().expect("it was asked");
+                damaged(&self.catalogue, self.name, cause)
+            }
+            error => RestoreError::Copy(error.into()),
         }
     }
 }
 
 fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, RestoreError> {
-    let image = || catalogue.image().clone();
     let paths = catalogue.layers(name).map_err(|problem: Problem| RestoreError::Broken {
-        image: image(),
+        image: catalogue.image().clone(),
         point: name,
         whole: catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect(),
         cause: problem.into(),
     })?;
-    ChainReader::open(&paths).map_err(|cause| RestoreError::Unreadable {
-        image: image(),
-        point: name,
-        whole: cause.path().map_or_else(Vec::new, |path| without(catalogue, path)),
-        cause: cause.into(),
-    })
+    ChainReader::open(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
+}
+
+fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> RestoreError {
+    let whole = cause.path().map_or_else(Vec::new, |path| without(catalogue, path));
+    RestoreError::Damaged { image: catalogue.image().clone(), point, whole, cause }
 }
 
 /// The points that look whole and do not build upon the layer at `path`.

@@ -33,8 +33,8 @@ fn a_damaged_table_is_named_with_the_points_that_do_without() {
     flip(&damaged, l2_table(&damaged) + 16, &[0x81]);
     for format in [FileFormat::Raw, FileFormat::Qcow2(Qcow2Options::default())] {
         match refused(&fixture, fixture.to_file(None, &format)) {
-            RestoreError::Damaged { path, whole, point, .. } => {
-                assert_eq!((path, point), (damaged.clone(), fixture.points[2].0));
+            RestoreError::Damaged { whole, point, cause, .. } => {
+                assert_eq!((cause.path(), point), (Some(&*damaged), fixture.points[2].0));
                 assert_eq!(whole, [fixture.points[0].0]);
             }
             other => panic!("{other:?}"),
