@@ -1,6 +1,7 @@
 //! What keeps a point from being restored.
 
 use super::*;
+use crate::chain::durable::fault::{self, Fault};
 
 /// Nothing is left where the file should have been.
 fn refused(fixture: &Fixture, result: Result<RestoreReport, RestoreError>) -> RestoreError {
@@ -186,4 +187,28 @@ fn a_hostile_backing_file_is_not_followed() {
     assert!(
         matches!(&error, RestoreError::Broken { cause, .. } if !matches!(**cause, Problem::NoSuchPoint { .. }))
     );
+}
+
+#[test]
+fn the_name_comes_last_and_is_synced() {
+    let fixture = Fixture::of_sizes(&[1 << 20]);
+    fault::plan(None);
+    let (_, path) = fixture.file(None, &FileFormat::Raw);
+    let steps = fault::steps();
+    let synced = format!("sync directory {}", fixture.out.path().file_name().expect("a name").display());
+    assert_eq!(steps, ["rename out".to_owned(), synced]);
+    fs::remove_file(&path).expect("removed");
+
+    fault::plan(Some((0, Fault::Fail)));
+    let result = fixture.to_file(None, &FileFormat::Raw);
+    fault::plan(None);
+    assert!(matches!(refused(&fixture, result), RestoreError::Rename { .. }));
+
+    // The file is whole, but may not be there after a power failure: no success, and nothing to remove.
+    fault::plan(Some((1, Fault::Fail)));
+    let result = fixture.to_file(None, &FileFormat::Raw);
+    fault::plan(None);
+    assert!(matches!(result, Err(RestoreError::Uncertain { .. })), "{result:?}");
+    assert!(fs::read(&path).expect("there") == fixture.points[0].1);
+    assert_eq!(names_in(fixture.out.path()), ["out"]);
 }
