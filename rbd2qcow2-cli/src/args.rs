@@ -11,8 +11,10 @@ use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
+mod restore;
 mod values;
 
+pub use restore::RestoreArgs;
 use values::PoolSpec;
 
 #[cfg(test)]
@@ -32,6 +34,7 @@ Examples:
   rbd2qcow2 backup rbd /backups              all images of the pool `rbd`
   rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
   rbd2qcow2 list /backups
+  rbd2qcow2 restore /backups vm-1 --to-file vm-1.raw
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -93,6 +96,9 @@ pub enum Command {
     /// Check that backups hold what was backed up
     #[command(after_help = format!("{VERIFY_EXAMPLES}\n\n{EXIT_STATUS}"))]
     Verify(VerifyArgs),
+    /// Restore a point to a file
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", restore::EXAMPLES))]
+    Restore(RestoreArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -282,6 +288,7 @@ impl Cli {
         match &self.command {
             Command::Backup(args) => args.check(),
             Command::List(_) | Command::Verify(_) => Ok(()),
+            Command::Restore(args) => args.check(self.output.json),
         }
     }
 

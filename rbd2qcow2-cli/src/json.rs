@@ -8,6 +8,7 @@ use std::path::Path;
 use rbd2qcow2_core::chain::PointKind;
 use rbd2qcow2_core::error::Causes;
 use rbd2qcow2_core::progress::{ImageReport, Status};
+use rbd2qcow2_core::restore::RestoreReport;
 use serde::Serialize;
 
 /// Writes one object a line, each as soon as it is known.
@@ -82,6 +83,37 @@ impl<'a> BackupLine<'a> {
             read_bytes: made(report.read_bytes),
             layer_bytes: made(report.layer_bytes),
             diff_seconds: (ok && !dry_run).then_some(report.diff_time.as_secs_f64()),
+            seconds: report.time.as_secs_f64(),
+        }
+    }
+}
+
+/// A point that was restored.
+#[derive(Debug, Serialize)]
+pub struct RestoreLine<'a> {
+    /// The image's name.
+    image: &'a str,
+    /// The point.
+    point: String,
+    /// The file that was made.
+    target: String,
+    /// Bytes of the image that were written.
+    bytes_written: u64,
+    /// Bytes of the image that are zeroes and were left out: the rest.
+    zero_bytes: u64,
+    /// Time that it took.
+    seconds: f64,
+}
+
+impl<'a> RestoreLine<'a> {
+    /// The line of a report.
+    pub fn new(report: &'a RestoreReport, target: &Path) -> Self {
+        Self {
+            image: report.image.as_str(),
+            point: report.point.to_string(),
+            target: path(target),
+            bytes_written: report.bytes_written,
+            zero_bytes: report.zero_bytes,
             seconds: report.time.as_secs_f64(),
         }
     }

@@ -7,19 +7,13 @@ use rbd2qcow2_core::chain::{self, Catalogue, ChainError, ImageName};
 
 use crate::args::{ListArgs, OutputArgs};
 use crate::console::Console;
-use crate::human;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
+use crate::{human, names};
 
 mod row;
 
 use row::Row;
-
-/// Names alike less than this (1 is the same name) are not worth a suggestion.
-const LIKENESS: f64 = 0.75;
-
-/// How many names are suggested.
-const SUGGESTIONS: usize = 3;
 
 /// Why an image could not be listed. The others are.
 #[derive(Debug, thiserror::Error)]
@@ -83,21 +77,11 @@ fn select(args: &ListArgs, there: Vec<ImageName>) -> (Vec<ImageName>, Vec<ListEr
     let unknown = unknown.map(|asked| ListError::UnknownImage {
         dest: args.dest.clone(),
         image: asked.clone(),
-        hint: hint(asked, &there),
+        hint: names::alike(asked, there.iter().map(ImageName::as_str)),
     });
     let failures = unknown.collect();
     let asked = there.into_iter().filter(|image| args.images.iter().any(|asked| image.as_str() == asked));
     (asked.collect(), failures)
-}
-
-/// The names that may have been meant by `asked`, as the end of a sentence.
-pub fn hint(asked: &str, there: &[ImageName]) -> String {
-    let likeness = |image: &ImageName| strsim::jaro_winkler(asked, image.as_str());
-    let mut near: Vec<_> = there.iter().map(|image| (likeness(image), image.as_str())).collect();
-    near.retain(|&(likeness, _)| likeness >= LIKENESS);
-    near.sort_by(|(left, _), (right, _)| right.total_cmp(left));
-    let names: Vec<_> = near.iter().take(SUGGESTIONS).map(|(_, name)| format!("{name:?}")).collect();
-    if names.is_empty() { String::new() } else { format!("; did you mean {}?", names.join(" or ")) }
 }
 
 /// The points of one image, the oldest first. Warns of what is wrong with them.
@@ -123,19 +107,5 @@ fn write(rows: &[Row], output: &OutputArgs) -> io::Result<()> {
     } else {
         row::write_table(&mut stdout, rows, Timestamp::now())?;
         stdout.flush()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn near_names_are_suggested_nearest_first() {
-        let there: Vec<_> =
-            ["vm-web-1", "vm-web-2", "database", "vm"].map(|name| ImageName::new(name).unwrap()).into();
-        assert_eq!(hint("vm-wbe-1", &there), r#"; did you mean "vm-web-1" or "vm-web-2" or "vm"?"#);
-        assert_eq!(hint("databse", &there), r#"; did you mean "database"?"#);
-        assert_eq!(hint("zzz", &there), "");
     }
 }

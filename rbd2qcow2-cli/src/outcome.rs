@@ -4,6 +4,7 @@ use std::io;
 
 use rbd2qcow2_core::chain::ChainError;
 use rbd2qcow2_core::pool::PoolError;
+use rbd2qcow2_core::restore::RestoreError;
 
 /// How a command that could begin has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,20 @@ pub enum CommandError {
     /// The directory of the backups could not be read.
     #[error(transparent)]
     Destination(ChainError),
+    /// A point could not be restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A point could not be restored because its image, or itself, is unknown.
+    #[error("{error}{hint}")]
+    Unknown {
+        /// What is unknown. Has no cause.
+        error: Box<RestoreError>,
+        /// What may have been meant, as the end of the sentence.
+        hint: String,
+    },
+    /// Standard output is to get an image, and is a terminal.
+    #[error("standard output is a terminal, which an image would not do good; redirect it, or name a file")]
+    Terminal,
     /// The handlers that stop a run could not be set up.
     #[error("cannot prepare for signals")]
     Signals(#[source] io::Error),
@@ -56,7 +71,9 @@ impl CommandError {
     /// How the program ends with it.
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::Pool(PoolError::Pattern { .. }) => Outcome::WrongUsage,
+            Self::Pool(PoolError::Pattern { .. })
+            | Self::Restore(RestoreError::NoFile { .. } | RestoreError::Name(_))
+            | Self::Terminal => Outcome::WrongUsage,
             _ => Outcome::Failed,
         }
     }

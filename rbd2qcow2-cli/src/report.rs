@@ -76,16 +76,7 @@ impl<'a> Reporter<'a> {
     /// # Errors
     /// No thread could be made.
     pub fn start_ticker<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>) -> io::Result<Ticker> {
-        let (sender, stopped) = mpsc::channel();
-        if let Some(bars) = &self.bars {
-            std::thread::Builder::new().name("bars".into()).spawn_scoped(scope, move || {
-                while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
-                    bars.tick();
-                }
-                bars.clear();
-            })?;
-        }
-        Ok(Ticker(sender))
+        Ticker::start(self.bars.as_ref(), scope)
     }
 
     /// Tells how the run went, and returns why standard output failed if it did.
@@ -128,6 +119,25 @@ pub struct Ticker(
     #[expect(dead_code, reason = "held for its drop")]
     Sender<()>,
 );
+
+impl Ticker {
+    /// Keeps `bars`, if there are some, up to date on a thread of `scope`.
+    ///
+    /// # Errors
+    /// No thread could be made.
+    pub fn start<'scope>(bars: Option<&'scope Bars>, scope: &'scope Scope<'scope, '_>) -> io::Result<Self> {
+        let (sender, stopped) = mpsc::channel();
+        if let Some(bars) = bars {
+            std::thread::Builder::new().name("bars".into()).spawn_scoped(scope, move || {
+                while stopped.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+                    bars.tick();
+                }
+                bars.clear();
+            })?;
+        }
+        Ok(Self(sender))
+    }
+}
 
 impl Observer for Reporter<'_> {
     fn selected(&self, images: &[String]) {

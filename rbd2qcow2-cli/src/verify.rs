@@ -17,7 +17,7 @@ use crate::args::{OutputArgs, VerifyArgs};
 use crate::console::Console;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
-use crate::{backup, human, list};
+use crate::{human, names, signals};
 
 /// Why an image could not be verified. The others are.
 #[derive(Debug, thiserror::Error)]
@@ -70,7 +70,7 @@ struct Line<'a> {
 /// # Errors
 /// The directory could not be read, or standard output failed; damage is no error here.
 pub fn run(args: &VerifyArgs, output: &OutputArgs, console: &Console) -> Result<Outcome, CommandError> {
-    let cancel = backup::stop_on_signals().map_err(CommandError::Signals)?;
+    let cancel = signals::stop().map_err(CommandError::Signals)?;
     let there = chain::images_in(&args.dest).map_err(CommandError::Destination)?.images;
     let (wanted, mut failures) = select(args, &there);
     let mut outcome = Outcome::Done;
@@ -125,7 +125,10 @@ fn select(args: &VerifyArgs, there: &[ImageName]) -> (Wanted, Vec<ImageError>) {
             Err(None) => failures.push(ImageError::UnknownImage {
                 dest: args.dest.clone(),
                 image: asked.clone(),
-                hint: list::hint(asked.split_once('@').map_or(asked, |(image, _)| image), there),
+                hint: names::alike(
+                    asked.split_once('@').map_or(asked, |(image, _)| image),
+                    there.iter().map(ImageName::as_str),
+                ),
             }),
         }
     }

@@ -29,6 +29,8 @@ mod list;
 mod mount;
 #[path = "cli/program.rs"]
 mod program;
+#[path = "cli/restore.rs"]
+mod restore;
 #[path = "cli/rig.rs"]
 mod rig;
 #[path = "cli/usage.rs"]

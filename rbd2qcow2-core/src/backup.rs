@@ -3,15 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, RecvTimeoutError};
-
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 
 use crate::chain::manifest::{CloneParent, Features, Record};
 use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
-use crate::copy::{Copy, CopyError};
+use crate::copy::{self, Copy, CopyError};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
@@ -166,7 +164,7 @@ impl Backup<'_> {
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
         report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
-        self.finish(&*layer)?;
+        copy::finish(&*layer, self.cancel)?;
 
         self.stage(Stage::Commit);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
@@ -263,26 +261,6 @@ impl Backup<'_> {
             stop,
         };
         Ok(copy.run()?)
-    }
-
-    /// Has the layer written to the end. What is still in the writer's hands may take a slow disk
-    /// minutes; a stop does not wait for it.
-    fn finish(&self, layer: &dyn LayerWriter) -> Result<(), BackupError> {
-        let (finishing, finished) = channel::bounded::<()>(0);
-        let watch = move || {
-            while finished.recv_timeout(Cancel::POLL) == Err(RecvTimeoutError::Timeout) {
-                if self.cancel.is_set() {
-                    layer.abort();
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            // Owned here, so that a panic ends the watch, too.
-            let _finishing = finishing;
-            let watcher = std::thread::Builder::new().name("finish".into());
-            watcher.spawn_scoped(scope, watch).map_err(CopyError::Thread)?;
-            Ok(layer.finish()?)
-        })
     }
 }
 

@@ -26,6 +26,10 @@ use crate::progress::Progress;
 use crate::rate::RateLimit;
 use crate::source::{RbdDiffSource, SourceError};
 
+mod finish;
+
+pub use finish::finish;
+
 /// Threads that compare segments. Eight keep OSDs busy that answer one request per object.
 const DIFF_THREADS: usize = 8;
 

@@ -10,6 +10,7 @@ use crate::source::BoxError;
 
 pub mod native;
 pub mod qemu_nbd;
+pub mod raw;
 
 /// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.
 pub const SECTOR: u64 = 512;

@@ -10,12 +10,16 @@
 //! zero-detected and written by a pipeline of threads ([`copy`]) -> a layer ([`layer`]) -> flushed,
 //! synced and renamed into the chain ([`chain`]).
 //!
+//! The way back is [`restore`]: the layers of a point, read as one image, are copied to a file by the same
+//! pipeline.
+//!
 //! The library never prints, never exits the process, keeps no global state, logs only through
 //! [`log`], reports progress through [`progress::Observer`] and stops soon after a
 //! [`cancel::Cancel`] is set.
 //!
 //! # Features
-//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains.
+//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, and restores
+//! to files.
 
 #![deny(unsafe_code)]
 
@@ -30,6 +34,7 @@ pub mod extent;
 pub mod layer;
 pub mod nbd;
 pub mod options;
+mod output;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
@@ -37,5 +42,6 @@ pub mod qcow2;
 pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;
+pub mod restore;
 pub mod source;
 pub mod verify;

@@ -1,6 +1,10 @@
 //! What the command line accepts, refuses and comes to mean.
 
-use super::values::{self, ValueError};
+use std::path::Path;
+
+use rbd2qcow2_core::restore::{FileFormat, Qcow2Options};
+
+use super::values::{self, PointSpec, ValueError};
 use super::*;
 
 /// Parses a command line given as words between spaces.
@@ -14,7 +18,7 @@ fn run_of(line: &str) -> PoolBackup {
     let cluster = cli.cluster();
     match cli.command {
         Command::Backup(args) => args.to_run(cluster),
-        Command::List(_) | Command::Verify(_) => panic!("not a backup: {line}"),
+        _ => panic!("not a backup: {line}"),
     }
 }
 
@@ -109,6 +113,15 @@ fn wrong_usage_is_refused() {
     for line in [
         "",
         "restore /d x",
+        "restore /d --to-file f",
+        "restore /d @20261122T173312Z --to-file",
+        "restore /d x --to-file f --format vmdk",
+        "restore /d x --to-file f --compression zstd",
+        "restore /d x --to-file f --cluster-size 64K",
+        "restore /d x --to-file f --no-extended-l2",
+        "restore /d x --to-file - --format qcow2",
+        "restore /d x --to-file - --json",
+        "restore /d x y --to-file f",
         "backup",
         "backup rbd",
         "backup / /d",
@@ -132,6 +145,51 @@ fn wrong_usage_is_refused() {
     ] {
         refusal(line);
     }
+}
+
+#[test]
+fn every_option_of_restore_arrives() {
+    let restore_of = |line: &str| match parse(line).unwrap().command {
+        Command::Restore(args) => args,
+        _ => panic!("not a restore: {line}"),
+    };
+    let args = restore_of("restore /b vm --to-file out");
+    assert_eq!(args.file(), Some(Path::new("out")));
+    assert_eq!(args.format(), FileFormat::Raw);
+    let restore = args.to_restore();
+    assert_eq!((restore.image.as_str(), restore.point), ("vm", None));
+    assert_eq!(restore.dest, PathBuf::from("/b"));
+    assert_eq!(restore_of("restore /b vm --to-file -").file(), None);
+    assert_eq!(restore_of("restore /b vm --to-file ./-").file(), Some(Path::new("./-")));
+    let usual = restore_of("restore /b vm --to-file o --format qcow2").format();
+    assert_eq!(usual, FileFormat::Qcow2(Qcow2Options::default()));
+    let args = restore_of(
+        "restore /b vm@20261122T173312Z --to-file o --format qcow2 --compression zstd:3 --cluster-size 1M \
+         --no-extended-l2 --json",
+    );
+    let options = Qcow2Options {
+        compression: Compression::Zstd { level: Some(3) },
+        cluster_size: 1 << 20,
+        extended_l2: ExtendedL2::Off,
+    };
+    assert_eq!(args.format(), FileFormat::Qcow2(options));
+    assert_eq!(args.to_restore().point.unwrap().to_string(), "20261122T173312Z");
+}
+
+#[test]
+fn points_are_told_from_names_with_an_at_sign() {
+    let spec = |text: &str| {
+        let spec: PointSpec = text.parse().unwrap();
+        (spec.image, spec.point.map(|point| point.to_string()))
+    };
+    let both = |image: &str, point: &str| (image.to_owned(), Some(point.to_owned()));
+    assert_eq!(spec("vm@20261122T173312Z"), both("vm", "20261122T173312Z"));
+    assert_eq!(spec("vm@1700000000"), both("vm", "1700000000"));
+    assert_eq!(spec("a@b@1700000000"), both("a@b", "1700000000"));
+    for image in ["vm", "a@b", "vm@20261399T000000Z", "vm@", "vm@-1", "@1700000000"] {
+        assert_eq!(spec(image), (image.to_owned(), None));
+    }
+    assert_eq!("".parse::<PointSpec>(), Err(ValueError::Empty));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use rbd2qcow2_core::chain::PointName;
 use rbd2qcow2_core::layer::Compression;
 
 /// Why a value is refused. Clap shows it behind the option and the value.
@@ -64,6 +65,31 @@ impl FromStr for PoolSpec {
             return Err(ValueError::Pool);
         }
         Ok(Self { pool: pool.to_owned(), namespace: namespace.to_owned() })
+    }
+}
+
+/// `IMAGE[@POINT]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PointSpec {
+    /// The image's name, not empty.
+    pub image: String,
+    /// The point; `None` for the newest.
+    pub point: Option<PointName>,
+}
+
+impl FromStr for PointSpec {
+    type Err = ValueError;
+
+    /// What stands behind the last `@` is a point if it can be one. Else it belongs to the image's name,
+    /// which may hold anything.
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        if let Some((image, point)) = text.rsplit_once('@')
+            && let Ok(point) = PointName::parse(point)
+            && !image.is_empty()
+        {
+            return Ok(Self { image: image.to_owned(), point: Some(point) });
+        }
+        Ok(Self { image: non_empty(text)?, point: None })
     }
 }
 

@@ -5,10 +5,17 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use jiff::Timestamp;
+use rbd2qcow2_core::buffer::BufferPool;
+use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::manifest::Features;
 use rbd2qcow2_core::chain::{
     ChainId, ChainWriter, Committed, ImageName, LayerPlan, PointName, Record, SnapshotName, image_directory,
 };
+use rbd2qcow2_core::copy::Copy;
+use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
+use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
+use rbd2qcow2_core::progress::Progress;
+use rbd2qcow2_core::source::memory::MemorySource;
 use tempfile::TempDir;
 
 /// Cluster size of the layers, in bytes.
@@ -39,14 +46,38 @@ impl Backups {
 
     /// Adds a point to an image, upon its newest one if there is one.
     pub fn add(&self, image: &str, chain: &str, time: &str) -> Committed {
+        self.commit(image, chain, time, SIZE, |path, backing| {
+            create_layer(path, SIZE.next_multiple_of(512), backing);
+        })
+    }
+
+    /// Adds a point that holds `content` to an image, upon its newest one, which holds `base`, if there is
+    /// one.
+    pub fn fill(&self, image: &str, time: &str, content: &[u8], base: Option<&[u8]>) -> Committed {
+        self.commit(image, "0123abcd", time, content.len() as u64, |path, backing| {
+            assert_eq!(backing.is_some(), base.is_some(), "a base is what the newest point holds");
+            write_layer(path, content, backing, base);
+        })
+    }
+
+    fn commit(
+        &self,
+        image: &str,
+        chain: &str,
+        time: &str,
+        size: u64,
+        write: impl FnOnce(&Path, Option<&str>),
+    ) -> Committed {
         let image = ImageName::new(image).unwrap();
         let created: Timestamp = time.parse().unwrap();
         let writer = ChainWriter::open(self.path(), &image).unwrap();
         let point = PointName::at(created).unwrap();
         let parent = writer.catalogue().newest();
         let pending = writer.begin(LayerPlan { point, parent, cluster_size: CLUSTER }).unwrap();
-        let record = record(ChainId::parse(chain).unwrap(), point, created, pending.backing_name().is_some());
-        create_layer(pending.layer_path(), record.layer_size(), pending.backing_name().as_deref());
+        let incremental = pending.backing_name().is_some();
+        let record = record(ChainId::parse(chain).unwrap(), point, created, incremental);
+        write(pending.layer_path(), pending.backing_name().as_deref());
+        let record = Record { virtual_size: size, ..record };
         pending.commit(record).unwrap()
     }
 }
@@ -79,6 +110,40 @@ fn record(chain: ChainId, point: PointName, created: Timestamp, incremental: boo
         cluster_size: CLUSTER,
         extended_l2: false,
     }
+}
+
+/// Makes a layer of the content that the base does not have.
+fn write_layer(path: &Path, content: &[u8], backing: Option<&str>, base: Option<&[u8]>) {
+    let spec = LayerSpec {
+        path: path.to_owned(),
+        virtual_size: (content.len() as u64).next_multiple_of(512),
+        backing: backing.map(str::to_owned),
+        cluster_size: CLUSTER,
+        compression: Compression::None,
+        extended_l2: ExtendedL2::Off,
+    };
+    let layer = NativeLayer::create(&spec, Compressors::default()).unwrap();
+    let source = MemorySource {
+        content: content.to_vec(),
+        base: base.map(<[u8]>::to_vec),
+        block: 4096,
+        ..MemorySource::default()
+    };
+    let cancel = Cancel::new();
+    let copy = Copy {
+        source: &source,
+        layer: &layer,
+        root: base.is_none(),
+        digests: None,
+        buffers: &BufferPool::new(16 << 20),
+        rate_limit: None,
+        parallel: 4,
+        progress: &Progress::default(),
+        cancel: &cancel,
+        stop: &cancel.part(),
+    };
+    copy.run().unwrap();
+    layer.finish().unwrap();
 }
 
 /// Makes an empty layer.

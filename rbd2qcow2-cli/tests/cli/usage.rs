@@ -7,7 +7,8 @@ use crate::program::{command, run};
 
 #[test]
 fn help_goes_to_standard_output() {
-    for args in [&["--help"][..], &["-h"], &["help", "backup"], &["backup", "--help"]] {
+    for args in [&["--help"][..], &["-h"], &["help", "backup"], &["backup", "--help"], &["restore", "--help"]]
+    {
         let help = run(args);
         assert_eq!(help.status, Some(0), "{args:?}: {help:?}");
         assert!(help.stdout.contains("Exit status:") && help.stdout.contains("130"), "{args:?}: {help:?}");
@@ -40,6 +41,13 @@ fn wrong_usage_is_status_2_and_silent_on_standard_output() {
         &["backup", "rbd", "/d", "--cluster-size", "256"],
         &["backup", "rbd", "/d", "--cluster-size", "4M"],
         &["backup", "rbd", "/d", "--cluster-size", "65535"],
+        &["restore", "/d", "x"],
+        &["restore", "/d", "--to-file", "f"],
+        &["restore", "/d", "", "--to-file", "f"],
+        &["restore", "/d", "x", "--to-file", "f", "--format", "vmdk"],
+        &["restore", "/d", "x", "--to-file", "f", "--compression", "zstd"],
+        &["restore", "/d", "x", "--to-file", "-", "--format", "qcow2"],
+        &["restore", "/d", "x", "--to-file", "-", "--json"],
         &["--id", "a", "backup", "rbd", "/d", "--name", "client.b"],
     ] {
         let wrong = run(args);

@@ -221,6 +221,23 @@ impl Catalogue {
         Ok(found)
     }
 
+    /// The files to read for the point of the given name, as
+    /// [`ChainReader::open`](crate::qcow2::chain::ChainReader::open) takes them: the layers of its
+    /// [`ancestry`](Self::ancestry), and what the first layer of a Python chain builds upon.
+    ///
+    /// # Errors
+    /// Those of [`ancestry`](Self::ancestry).
+    pub fn layers(&self, name: PointName) -> Result<Vec<PathBuf>, Problem> {
+        let points = self.ancestry(name)?;
+        let mut paths: Vec<_> = points.iter().map(|point| point.path.clone()).collect();
+        let root = points.last().and_then(|point| point.header.as_ref());
+        // A root with any backing file is one of the Python tool's.
+        if root.is_some_and(|header| header.backing.is_some()) {
+            paths.push(self.directory.join(PYTHON_ROOT));
+        }
+        Ok(paths)
+    }
+
     fn no_such_point(&self, point: PointName) -> Problem {
         Problem::NoSuchPoint { path: self.path_of(point, FileKind::Layer), point }
     }

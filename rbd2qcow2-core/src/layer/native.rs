@@ -191,4 +191,6 @@ fn index(length: u64) -> usize {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;

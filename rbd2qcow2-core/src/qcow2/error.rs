@@ -1,7 +1,7 @@
 //! What can be wrong with a layer or a chain that is read.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::compressed::UnpackError;
 use super::header::HeaderError;
@@ -114,4 +114,21 @@ pub enum ReadError {
     /// A chain of no files. An error of the caller.
     #[error("a chain needs at least one layer")]
     NoLayers,
+}
+
+impl ReadError {
+    /// The layer that it is about; `None` for errors of the caller.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Header { path, .. }
+            | Self::Io { path, .. }
+            | Self::Shrunk { path, .. }
+            | Self::L1Entry { path, .. }
+            | Self::L2Entry { path, .. }
+            | Self::Compressed { path, .. }
+            | Self::Backing { path, .. } => Some(path),
+            Self::OutOfRange { .. } | Self::NoLayers => None,
+        }
+    }
 }

@@ -23,17 +23,16 @@ use crate::buffer::{ALIGNMENT, Buffer, BufferPool};
 use crate::cancel::Cancel;
 use crate::extent::{ExtentKind, runs};
 use crate::layer::SECTOR;
+use crate::output::Output;
 
 mod error;
 mod mapping;
-mod output;
 mod packing;
 mod refcounts;
 mod space;
 
 pub use error::WriteError;
 use mapping::Mapping;
-use output::Output;
 use packing::Packing;
 use space::Space;
 

@@ -24,6 +24,7 @@ use crate::cluster::TestCluster;
 use crate::driver::{Driver, Layout, Snap, Spec};
 
 mod content;
+mod restored;
 
 use content::{Held, compare, merge};
 pub use content::{output, read_json};
@@ -268,6 +269,7 @@ impl Store {
             assert_eq!(checked["check-errors"], 0, "{checked}");
             self.check_chain(qemu_img, made);
         }
+        restored::check(self.dest.path(), made);
     }
 
     fn convert(&self, qemu_img: &Path, made: &Made) -> tempfile::NamedTempFile {

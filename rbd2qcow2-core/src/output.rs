@@ -1,4 +1,4 @@
-//! The file, past the page cache where that is possible.
+//! A file that is written in pieces from many threads, past the page cache where that is possible.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,8 +18,8 @@ const GROWTH: u64 = 256 << 20;
 
 /// A file that is written in pieces, each place once.
 #[derive(Debug)]
-pub(super) struct Output {
-    /// For whole pages. `None` where the file system, or the cluster size, does without.
+pub(crate) struct Output {
+    /// For whole pages. `None` where the file system, or the size of the pieces, does without.
     direct: Option<File>,
     /// Set when the file system refuses direct writes that it seemed to take.
     refused: AtomicBool,
@@ -30,14 +30,15 @@ pub(super) struct Output {
 }
 
 impl Output {
-    /// Creates the file, which must not exist. It will be written in clusters of `cluster_size` bytes.
-    pub(super) fn create(path: &Path, cluster_size: u64) -> io::Result<Self> {
+    /// Creates the file, which must not exist, of mode 0600. It will be written in pieces that begin at
+    /// multiples of `grain` bytes.
+    pub(crate) fn create(path: &Path, grain: u64) -> io::Result<Self> {
         let mut open = OpenOptions::new();
         let buffered = open.read(true).write(true).create_new(true).mode(0o600).open(path)?;
         let mut open = OpenOptions::new();
         open.write(true).custom_flags(OFlags::DIRECT.bits().cast_signed());
         let direct = match open.open(path) {
-            _ if cluster_size < ALIGNMENT as u64 => None,
+            _ if grain < ALIGNMENT as u64 => None,
             Ok(file) => Some(file),
             Err(error) if is_unsupported(&error) => None,
             Err(error) => {
@@ -56,13 +57,20 @@ impl Output {
     }
 
     #[cfg(test)]
-    pub(super) fn set_direct(&mut self, file: File) {
+    pub(crate) fn set_direct(&mut self, file: File) {
         self.direct = Some(file);
+    }
+
+    /// Makes the file `length` bytes long, without data, and no longer ahead of what is written.
+    pub(crate) fn set_length(&self, length: u64) -> io::Result<()> {
+        self.buffered.set_len(length)?;
+        self.length.fetch_max(length, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Writes all of `bytes`: whole pages from aligned memory past the page cache, the rest through
     /// it. The two never meet in one page.
-    pub(super) fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.grow(offset + bytes.len() as u64);
         let direct = self.write_direct(offset, bytes)?;
         let rest = &bytes[direct..];
@@ -87,13 +95,13 @@ impl Output {
     }
 
     /// Reads back what was written.
-    pub(super) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.buffered.read_exact_at(bytes, offset)
     }
 
     /// Makes the file at least `end` bytes long, if possible: whole pages, since the system fills up
     /// a part of one through the page cache when the file becomes longer.
-    pub(super) fn grow(&self, end: u64) {
+    pub(crate) fn grow(&self, end: u64) {
         if end <= self.length.load(Ordering::Relaxed) {
             return;
         }
@@ -109,7 +117,7 @@ impl Output {
     }
 
     /// Makes the file `length` bytes long and brings it to stable storage.
-    pub(super) fn finish(&self, length: u64) -> io::Result<()> {
+    pub(crate) fn finish(&self, length: u64) -> io::Result<()> {
         self.buffered.set_len(length)?;
         self.buffered.sync_all()
     }

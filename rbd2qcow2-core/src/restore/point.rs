@@ -1,0 +1,147 @@
+//! A point and all that it builds upon, open and locked.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::RestoreError;
+use crate::chain::lock::ChainLock;
+use crate::chain::names::{ImageName, PointName};
+use crate::chain::{Catalogue, ChainError, Point, Problem, image_directory};
+use crate::qcow2::chain::ChainReader;
+use crate::qcow2::error::ReadError;
+use crate::source::SourceError;
+
+/// A point that can be read. While this lives, no backup adds to its image's chain, and nothing is
+/// removed from it.
+#[derive(Debug)]
+pub struct OpenPoint {
+    catalogue: Catalogue,
+    name: PointName,
+    chain: ChainReader,
+    /// The image's size in bytes.
+    size: u64,
+    /// Held for its drop, which comes last. `None` on a read-only file system.
+    _lock: Option<ChainLock>,
+}
+
+impl OpenPoint {
+    /// Opens a point of `image` in the destination `dest`, the newest when none is named, and all
+    /// layers that it builds upon. Does not wait for a run that writes the chain.
+    ///
+    /// # Errors
+    /// [`RestoreError::Chain`] (for a chain that is being written:
+    /// [`ChainError::Locked`]), [`RestoreError::UnknownImage`], [`RestoreError::UnknownPoint`],
+    /// [`RestoreError::Broken`], [`RestoreError::Damaged`].
+    pub fn open(dest: &Path, image: &ImageName, point: Option<PointName>) -> Result<Self, RestoreError> {
+        let directory = image_directory(dest, image);
+        let unknown = || RestoreError::UnknownImage { dest: dest.to_owned(), image: image.clone() };
+        match fs::symlink_metadata(&directory) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(ChainError::NotADirectory { path: directory }.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !dest.exists() => {
+                return Err(ChainError::DestinationMissing { path: dest.to_owned() }.into());
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unknown()),
+            Err(error) => return Err(ChainError::io("look at", &directory)(error).into()),
+        }
+        // A directory of something else gets no lock file.
+        if Catalogue::read(&directory, image)?.points().is_empty() {
+            return Err(unknown());
+        }
+        let lock = ChainLock::shared(&directory)?;
+        let catalogue = Catalogue::read(&directory, image)?;
+        let newest = catalogue.newest().ok_or_else(unknown)?;
+        let found = match point {
+            None => newest,
+            Some(name) => catalogue.point(name).ok_or_else(|| RestoreError::UnknownPoint {
+                image: image.clone(),
+                point: name,
+                known: catalogue.points().iter().map(|point| point.name).collect(),
+            })?,
+        };
+        let name = found.name;
+        let chain = open_chain(&catalogue, name)?;
+        let size = size(found, &chain);
+        Ok(Self { name, chain, size, catalogue, _lock: lock })
+    }
+
+    /// The image.
+    #[must_use]
+    pub fn image(&self) -> &ImageName {
+        self.catalogue.image()
+    }
+
+    /// The point's name.
+    #[must_use]
+    pub fn name(&self) -> PointName {
+        self.name
+    }
+
+    /// What the directory held when the chain was locked.
+    #[must_use]
+    pub fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
+    /// The layers.
+    #[must_use]
+    pub fn chain(&self) -> &ChainReader {
+        &self.chain
+    }
+
+    /// The image's size in bytes: exact where the point has a manifest, else rounded up to 512. No
+    /// more than the chain's.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What it means for the image's points that the chain could not be read.
+    pub(super) fn explain(&self, error: SourceError) -> RestoreError {
+        match error {
+            SourceError::Segments { cause, .. }
+            | SourceError::Diff { cause, .. }
+            | SourceError::Read { cause, .. }
+                if cause.is::<ReadError>() =>
+            {
+                let cause = cause.downcast().expect("it was asked");
+                damaged(&self.catalogue, self.name, cause)
+            }
+            error => RestoreError::Copy(error.into()),
+        }
+    }
+}
+
+fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, RestoreError> {
+    let paths = catalogue.layers(name).map_err(|problem: Problem| RestoreError::Broken {
+        image: catalogue.image().clone(),
+        point: name,
+        whole: catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect(),
+        cause: problem.into(),
+    })?;
+    ChainReader::open(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
+}
+
+fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> RestoreError {
+    let whole = cause.path().map_or_else(Vec::new, |path| without(catalogue, path));
+    RestoreError::Damaged { image: catalogue.image().clone(), point, whole, cause }
+}
+
+/// The points that look whole and do not build upon the layer at `path`.
+fn without(catalogue: &Catalogue, path: &Path) -> Vec<PointName> {
+    let uses = |paths: &[PathBuf]| paths.iter().any(|layer| layer == path);
+    let whole = catalogue.points().iter().map(|point| point.name);
+    whole.filter(|name| catalogue.layers(*name).is_ok_and(|paths| !uses(&paths))).collect()
+}
+
+fn size(point: &Point, chain: &ChainReader) -> u64 {
+    if point.manifest.is_none() && !point.name.is_python() {
+        log::warn!(
+            "{}: without its manifest the image's exact size is not known; it may be up to 511 bytes smaller \
+             than what is restored",
+            point.path.display()
+        );
+    }
+    point.virtual_size().unwrap_or(u64::MAX).min(chain.virtual_size())
+}
