@@ -140,6 +140,7 @@ pub(crate) fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block
     layer.finish().expect("finished");
     digests.finish().expect("finished");
     check_digests(&spec.path, &digests_path);
+    std::fs::remove_file(digests_path).expect("removed");
     layer
 }
 
