@@ -12,8 +12,7 @@ pub mod native;
 pub mod qemu_nbd;
 pub mod raw;
 
-/// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.
-pub const SECTOR: u64 = 512;
+pub use crate::qcow2::SECTOR;
 
 /// Why a layer could not be written. The layer's file is then unusable and must be removed.
 #[derive(Debug, thiserror::Error)]

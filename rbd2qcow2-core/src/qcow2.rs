@@ -23,6 +23,9 @@ pub mod table;
 pub(crate) mod testing;
 pub mod writer;
 
+/// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.
+pub const SECTOR: u64 = 512;
+
 /// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
 /// not followed, a pipe is not waited for. `None` for whatever is no regular file.
 ///

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use super::digests::DigestsInfo;
 use super::names::{ChainId, ImageName, PointName, SnapshotName};
-use crate::layer::SECTOR;
+use crate::qcow2::SECTOR;
 use crate::qcow2::header::ClusterBits;
 use crate::qcow2::open_regular;
 

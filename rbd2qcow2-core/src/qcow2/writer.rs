@@ -15,6 +15,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::SECTOR;
 use super::header::{
     BACKING_NAME_MAX, Backing, ClusterBits, CompressionType, Encryption, Header, L1_TABLE_MAX, Table, Version,
 };
@@ -22,7 +23,6 @@ use super::table::{CompressedCluster, HostOffset, L2Entry, SUBCLUSTERS, Subclust
 use crate::buffer::{ALIGNMENT, Buffer, BufferPool};
 use crate::cancel::Cancel;
 use crate::extent::{ExtentKind, runs};
-use crate::layer::SECTOR;
 use crate::output::Output;
 
 mod error;
