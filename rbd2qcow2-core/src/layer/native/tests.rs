@@ -33,6 +33,21 @@ fn check_with_our_reader(points: &[(PathBuf, Vec<u8>)]) {
     }
 }
 
+/// What `qemu-img map` calls zeroes are zeroes, and it speaks of the whole image.
+fn check_map(map: &str, content: &[u8]) {
+    let extents: Vec<serde_json::Value> = serde_json::from_str(map).expect("JSON");
+    let number =
+        |value: &serde_json::Value| usize::try_from(value.as_u64().expect("a number")).expect("small");
+    let mut end = 0;
+    for extent in &extents {
+        let (start, length) = (number(&extent["start"]), number(&extent["length"]));
+        assert_eq!(start, end, "{extent}");
+        end = start + length;
+        assert!(extent["zero"] == false || content[start..end].iter().all(|byte| *byte == 0), "{extent}");
+    }
+    assert_eq!(end, content.len());
+}
+
 proptest! {
     #![proptest_config(cases(96))]
     #[test]
@@ -56,6 +71,10 @@ proptest! {
                 // Ends with another status for leaks, too.
                 qemu_img(&tools, directory.path(), &["check", "-q", "-f", "qcow2", name]);
                 prop_assert!(contents(&tools, directory.path(), name) == padded(content), "{}", name);
+                std::fs::write(directory.path().join("raw"), padded(content)).unwrap();
+                qemu_img(&tools, directory.path(), &["compare", "-q", "-f", "qcow2", "-F", "raw", name, "raw"]);
+                let map = qemu_img(&tools, directory.path(), &["map", "--output=json", "-f", "qcow2", name]);
+                check_map(&map, &padded(content));
             }
         }
     }
