@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 
 use crate::extent::Extent;
+use crate::qcow2::header::EXTENDED_L2_MIN_BITS;
 use crate::source::BoxError;
 
 pub mod native;
@@ -13,6 +14,9 @@ pub mod qemu_nbd;
 pub mod raw;
 
 pub use crate::qcow2::SECTOR;
+
+/// The smallest cluster that can have subclusters, in bytes.
+const SMALLEST_EXTENDED: u32 = 1 << EXTENDED_L2_MIN_BITS;
 
 /// Why a layer could not be written. The layer's file is then unusable and must be removed.
 #[derive(Debug, thiserror::Error)]

@@ -34,6 +34,15 @@ impl Backups {
         Self(TempDir::new().expect("a temporary directory can be made"))
     }
 
+    /// Two images, one of them with two points.
+    pub fn of_two_images() -> Self {
+        let backups = Self::new();
+        backups.add("web/1", "0123abcd", "2026-11-22T17:33:12Z");
+        backups.add("web/1", "0123abcd", "2026-11-23T17:33:07Z");
+        backups.add("db", "89abcdef", "2026-11-22T17:34:00Z");
+        backups
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.0.path()

@@ -20,18 +20,9 @@ fn objects(run: &Run) -> Vec<Value> {
     run.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// Two images, one of them with two points.
-fn two_images() -> Backups {
-    let backups = Backups::new();
-    backups.add("web/1", "0123abcd", "2026-11-22T17:33:12Z");
-    backups.add("web/1", "0123abcd", "2026-11-23T17:33:07Z");
-    backups.add("db", "89abcdef", "2026-11-22T17:34:00Z");
-    backups
-}
-
 #[test]
 fn a_table_for_people() {
-    let listed = list(&two_images(), &[]);
+    let listed = list(&Backups::of_two_images(), &[]);
     assert_eq!((listed.status, listed.stderr.as_str()), (Some(0), ""), "{listed:?}");
     let lines: Vec<Vec<_>> = listed.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines.len(), 5, "{listed:?}");
@@ -44,7 +35,7 @@ fn a_table_for_people() {
 
 #[test]
 fn json_tells_each_point() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let listed = list(&backups, &["--json", "web/1"]);
     assert_eq!(listed.status, Some(0), "{listed:?}");
     let points = objects(&listed);
@@ -87,7 +78,7 @@ fn points_of_the_python_tool_are_listed() {
 
 #[test]
 fn damage_is_a_warning() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     fs::remove_file(backups.image("web/1").join("web%2F1@20261122T173312Z.qcow2")).unwrap();
     let listed = list(&backups, &["-q"]);
     assert_eq!(listed.status, Some(0), "{listed:?}");
@@ -97,7 +88,7 @@ fn damage_is_a_warning() {
 
 #[test]
 fn an_unknown_image_fails_and_the_others_are_listed() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let listed = list(&backups, &["web-1", "db"]);
     assert_eq!(listed.status, Some(1), "{listed:?}");
     assert!(listed.stdout.contains("20261122T173400Z"), "{listed:?}");
@@ -125,7 +116,7 @@ fn a_missing_destination_is_told() {
 
 #[test]
 fn a_reader_who_leaves_early_is_no_error() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let mut command = command();
     command.arg("list").arg(backups.path()).arg("--json").stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -137,7 +128,7 @@ fn a_reader_who_leaves_early_is_no_error() {
 
 #[test]
 fn a_full_disk_below_standard_output_is_an_error() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output =
         command().arg("list").arg(backups.path()).stdout(full).stderr(Stdio::piped()).output().unwrap();

@@ -33,18 +33,9 @@ fn open_for_damage(path: &Path) -> File {
     OpenOptions::new().read(true).write(true).open(path).unwrap()
 }
 
-/// Two images, one of them with two points.
-fn two_images() -> Backups {
-    let backups = Backups::new();
-    backups.add("web/1", "0123abcd", "2026-11-22T17:33:12Z");
-    backups.add("web/1", "0123abcd", "2026-11-23T17:33:07Z");
-    backups.add("db", "89abcdef", "2026-11-22T17:34:00Z");
-    backups
-}
-
 #[test]
 fn whole_points_are_ok_for_people_and_programs() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let told = verify(backups.path(), &[]);
     assert_eq!((told.status, told.stderr.as_str()), (Some(0), ""), "{told:?}");
     let lines: Vec<_> = told.stdout.lines().collect();
@@ -61,7 +52,7 @@ fn whole_points_are_ok_for_people_and_programs() {
 
 #[test]
 fn a_layer_that_is_cut_off_damages_what_builds_upon_it() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     let layer = backups.image("web/1").join("web%2F1@20261122T173312Z.qcow2");
     let file = open_for_damage(&layer);
     file.set_len(file.metadata().unwrap().len() - 1).unwrap();
@@ -75,7 +66,7 @@ fn a_layer_that_is_cut_off_damages_what_builds_upon_it() {
 
 #[test]
 fn unknown_names_are_told_and_the_others_verified() {
-    let backups = two_images();
+    let backups = Backups::of_two_images();
     for (asked, words) in [
         ("web/2", "did you mean \"web/1\"?"),
         ("web/2@20261122T173312Z", "did you mean \"web/1\"?"),

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
+use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch, SMALLEST_EXTENDED};
 use crate::extent::{Extent, ExtentKind};
 use crate::qcow2::header::{ClusterBits, CompressionType};
 use crate::qcow2::table::SUBCLUSTERS;
@@ -28,9 +28,6 @@ pub use error::NativeError;
 /// The level of Zstandard where none is asked for: files are as small as QEMU's, which uses 3 on
 /// clusters of 64 KiB, for half the work.
 const ZSTD_LEVEL: u8 = 2;
-
-/// Clusters must be this large to have subclusters.
-const SMALLEST_EXTENDED: u32 = 16 << 10;
 
 /// A [`LayerWriter`] that writes the file itself. See the [module](self).
 #[derive(Debug)]

@@ -29,16 +29,13 @@ pub use self::error::QemuNbdError;
 pub use self::server::{Aio, IoMode};
 use self::server::{Running, Stop};
 pub use self::tools::QemuTools;
-use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch, SECTOR};
+use super::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch, SECTOR, SMALLEST_EXTENDED};
 use crate::extent::{Extent, ExtentKind};
 use crate::nbd::NbdError;
 use crate::nbd::client::{Client, ZeroOptions};
 
 /// Subclusters of a cluster in an image with extended L2 entries.
 const SUBCLUSTERS: u32 = 32;
-
-/// The smallest cluster that can have subclusters: they must not be smaller than a sector.
-const SMALLEST_EXTENDED: u32 = 16 << 10;
 
 /// The largest virtual size that can be rounded up to any grain and still be a file offset.
 const LARGEST_SIZE: u64 = (1 << 63) - (2 << 20);

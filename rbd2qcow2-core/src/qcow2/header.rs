@@ -39,7 +39,7 @@ pub const L1_TABLE_MAX: u64 = 32 << 20;
 pub const REFCOUNT_TABLE_MAX: u64 = 8 << 20;
 
 /// Clusters must be this large to have subclusters: 32 of 512 bytes.
-const EXTENDED_L2_MIN_BITS: u32 = 14;
+pub(crate) const EXTENDED_L2_MIN_BITS: u32 = 14;
 
 /// Length of the version 2 header, in bytes.
 const V2_LENGTH: usize = 72;

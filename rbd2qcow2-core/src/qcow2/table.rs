@@ -15,10 +15,10 @@ pub const SUBCLUSTERS: u64 = 32;
 const COMPRESSED_SECTOR: u64 = 512;
 
 /// Bits 9 to 55: an offset in the file.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Bit 63: the refcount is one. For writers only.
-const COPIED: u64 = 1 << 63;
+pub(super) const COPIED: u64 = 1 << 63;
 
 /// Bit 62 of an L2 entry: the cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;

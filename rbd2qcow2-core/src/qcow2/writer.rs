@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 
 use super::SECTOR;
 use super::header::{
-    BACKING_NAME_MAX, Backing, ClusterBits, CompressionType, Encryption, Header, L1_TABLE_MAX, Table, Version,
+    BACKING_NAME_MAX, Backing, ClusterBits, CompressionType, EXTENDED_L2_MIN_BITS, Encryption, Header,
+    L1_TABLE_MAX, Table, Version,
 };
 use super::table::{CompressedCluster, HostOffset, L2Entry, SUBCLUSTERS, SubclusterKind, Subclusters};
 use crate::buffer::{ALIGNMENT, Buffer, BufferPool};
@@ -47,9 +48,6 @@ const TABLE_PIECE_BYTES: usize = if cfg!(test) { 64 << 10 } else { 2 << 20 };
 
 /// Zero clusters that are entered at once, so that an abort is noticed in between.
 const ZEROES_AT_ONCE: usize = 1 << 16;
-
-/// Clusters must be this large to have subclusters: 32 of a sector.
-const EXTENDED_L2_MIN_BITS: u32 = 14;
 
 /// What a new file is to be.
 #[derive(Clone, Debug)]

@@ -8,13 +8,7 @@ use super::{CheckError, Finding, HostOffset, Limits, Place, Progress, Structure,
 use crate::cancel::Cancel;
 use crate::qcow2::layer::LayerReader;
 use crate::qcow2::refcount::RefcountEntry;
-use crate::qcow2::table::{EntryFault, Geometry, GuestOffset, L1Entry, L2Entry};
-
-/// Bits 9 to 55 of an entry: an offset in the file.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
-
-/// Bit 63 of an L1 or L2 entry: the refcount is one.
-const COPIED: u64 = 1 << 63;
+use crate::qcow2::table::{COPIED, EntryFault, Geometry, GuestOffset, L1Entry, L2Entry, OFFSET_MASK};
 
 /// Bits of a compressed cluster's descriptor, without the two flags.
 const DESCRIPTOR_BITS: u32 = 62;
