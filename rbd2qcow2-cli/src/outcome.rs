@@ -3,6 +3,7 @@
 use std::io;
 
 use rbd2qcow2_core::chain::ChainError;
+use rbd2qcow2_core::point::PointError;
 use rbd2qcow2_core::pool::PoolError;
 use rbd2qcow2_core::restore::RestoreError;
 
@@ -45,11 +46,14 @@ pub enum CommandError {
     /// A point could not be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    /// A point could not be restored because its image, or itself, is unknown.
+    /// A point cannot be read.
+    #[error(transparent)]
+    Point(#[from] PointError),
+    /// A point cannot be read because its image, or itself, is unknown.
     #[error("{error}{hint}")]
     Unknown {
         /// What is unknown. Has no cause.
-        error: Box<RestoreError>,
+        error: Box<PointError>,
         /// What may have been meant, as the end of the sentence.
         hint: String,
     },
@@ -72,7 +76,8 @@ impl CommandError {
     pub fn outcome(&self) -> Outcome {
         match self {
             Self::Pool(PoolError::Pattern { .. })
-            | Self::Restore(RestoreError::NoFile { .. } | RestoreError::Name(_))
+            | Self::Restore(RestoreError::NoFile { .. })
+            | Self::Point(PointError::Name(_))
             | Self::Terminal => Outcome::WrongUsage,
             _ => Outcome::Failed,
         }

@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use indicatif::HumanBytes;
-use rbd2qcow2_core::chain::{self, PointName};
 use rbd2qcow2_core::progress::{Observer, Progress, Stage};
 use rbd2qcow2_core::restore::{RestoreError, RestoreReport};
 
@@ -41,7 +40,10 @@ pub fn run(args: &RestoreArgs, output: &OutputArgs, console: &Console) -> Result
                 .map_err(CommandError::Output)
                 .map(|mut stdout| restore.to_stream(&mut stdout, &watch, &cancel))?,
         };
-        result.map_err(|error| explain(error, &restore.dest))
+        result.map_err(|error| match error {
+            RestoreError::Point(error) => names::explain(error, &restore.dest),
+            error => error.into(),
+        })
     });
     let report = match result {
         Err(CommandError::Restore(RestoreError::Cancelled)) => {
@@ -59,39 +61,6 @@ pub fn run(args: &RestoreArgs, output: &OutputArgs, console: &Console) -> Result
         console.line(&restored_line(&report, file));
     }
     Ok(Outcome::Done)
-}
-
-/// Tells which names may have been meant, where one is unknown.
-fn explain(error: RestoreError, dest: &Path) -> CommandError {
-    let hint = match &error {
-        RestoreError::UnknownImage { image, .. } => nearest_image(image.as_str(), dest),
-        RestoreError::UnknownPoint { point, known, .. } => nearest_point(*point, known),
-        _ => String::new(),
-    };
-    if hint.is_empty() { error.into() } else { CommandError::Unknown { error: error.into(), hint } }
-}
-
-fn nearest_image(asked: &str, dest: &Path) -> String {
-    let Ok(found) = chain::images_in(dest) else { return String::new() };
-    // What stands behind the last @ was no point, or it would not be in the image's name.
-    if let Some((image, point)) = asked.rsplit_once('@')
-        && let Some(image) = found.images.iter().find(|there| there.as_str() == image)
-        && let Ok(catalogue) = chain::Catalogue::read(&chain::image_directory(dest, image), image)
-    {
-        let points: Vec<_> = catalogue.points().iter().rev().map(|point| point.name.to_string()).collect();
-        let points = names::alike(point, points.iter().map(String::as_str));
-        return format!(": {point:?} names no point of image {:?}{points}", image.as_str());
-    }
-    names::alike(asked, found.images.iter().map(|image| image.as_str()))
-}
-
-/// The points nearest in time.
-fn nearest_point(asked: PointName, known: &[PointName]) -> String {
-    let distance = |point: &PointName| point.timestamp().as_second().abs_diff(asked.timestamp().as_second());
-    let mut near = known.to_vec();
-    near.sort_by_key(distance);
-    let near: Vec<_> = near.iter().map(ToString::to_string).collect();
-    names::suggest(near.iter().map(String::as_str))
 }
 
 /// The line about a point that was restored.
@@ -152,22 +121,5 @@ impl Write for Stdout {
             }
             other => other,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_points_nearest_in_time_are_suggested() {
-        let point = |text: &str| PointName::parse(text).unwrap();
-        let known =
-            ["20261120T020000Z", "20261121T020000Z", "20261122T020000Z", "20261123T020000Z"].map(point);
-        assert_eq!(
-            nearest_point(point("20261122T000000Z"), &known),
-            r#"; did you mean "20261122T020000Z" or "20261121T020000Z" or "20261123T020000Z"?"#
-        );
-        assert_eq!(nearest_point(point("20261122T000000Z"), &[]), "");
     }
 }

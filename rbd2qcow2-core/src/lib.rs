@@ -35,6 +35,7 @@ pub mod layer;
 pub mod nbd;
 pub mod options;
 mod output;
+pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;

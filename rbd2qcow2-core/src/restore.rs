@@ -16,16 +16,15 @@ use crate::copy::{self, Copy, CopyError};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::raw::RawFile;
 use crate::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter};
+use crate::point::{OpenPoint, PointError};
 use crate::progress::{Observer, Progress, Stage};
 use crate::source::chain::ChainSource;
 
 mod error;
-mod point;
 mod stream;
 mod target;
 
 pub use error::RestoreError;
-pub use point::OpenPoint;
 use target::Target;
 
 /// The least memory for image data that a restore works with, whatever it was told.
@@ -183,7 +182,7 @@ impl Restore {
 }
 
 impl Run<'_> {
-    fn open(&self) -> Result<OpenPoint, RestoreError> {
+    fn open(&self) -> Result<OpenPoint, PointError> {
         let Restore { dest, image, point, .. } = self.restore;
         OpenPoint::open(dest, &ImageName::new(image)?, *point)
     }
@@ -211,7 +210,7 @@ impl Run<'_> {
         });
         copied.map_err(|error| match error {
             _ if self.cancel.is_set() => RestoreError::Cancelled,
-            CopyError::Source(cause) => point.explain(cause),
+            CopyError::Source(cause) => RestoreError::of_source(point, cause),
             CopyError::Layer(cause) => RestoreError::Write { path: path.to_owned(), cause },
             error => RestoreError::Copy(error),
         })

@@ -1,73 +1,22 @@
 //! Why a point could not be restored.
 
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::chain::names::{ImageName, NameError, PointName};
-use crate::chain::{ChainError, Problem};
+use crate::chain::ChainError;
 use crate::copy::CopyError;
 use crate::layer::LayerError;
-use crate::qcow2::error::ReadError;
-
-/// Points that are named in a message, at most. The newest are.
-const NAMED: usize = 5;
+use crate::point::{OpenPoint, PointError};
+use crate::source::SourceError;
 
 /// Why a point was not restored. No chain was changed, and no file is left of what was begun, unless
 /// a variant says otherwise.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
-    /// No image has such a name.
+    /// The point could not be opened, or not be read whole.
     #[error(transparent)]
-    Name(#[from] NameError),
-    /// The directory of the image failed, or somebody writes to it.
-    #[error(transparent)]
-    Chain(#[from] ChainError),
-    /// The destination holds no points of the image.
-    #[error("{} holds no backups of image {:?}", dest.display(), image.as_str())]
-    UnknownImage {
-        /// The directory of all images.
-        dest: PathBuf,
-        /// The image.
-        image: ImageName,
-    },
-    /// The image has no such point.
-    #[error("image {:?} has no point {point}", image.as_str())]
-    UnknownPoint {
-        /// The image.
-        image: ImageName,
-        /// The point that was asked for.
-        point: PointName,
-        /// The points that it has, the oldest first.
-        known: Vec<PointName>,
-    },
-    /// A file that the point needs is missing, cut off, or not what it should be.
-    #[error("point {point} of image {:?} is broken; {}", image.as_str(), Whole(whole))]
-    Broken {
-        /// The image.
-        image: ImageName,
-        /// The point.
-        point: PointName,
-        /// The points whose files are all there, the oldest first.
-        whole: Vec<PointName>,
-        /// What is wrong, and with which file.
-        #[source]
-        cause: Box<Problem>,
-    },
-    /// A layer that the point needs is damaged, or cannot be read for another reason.
-    #[error("point {point} of image {:?} cannot be read whole; {}", image.as_str(), Whole(whole))]
-    Damaged {
-        /// The image.
-        image: ImageName,
-        /// The point.
-        point: PointName,
-        /// The points that do not need that layer, the oldest first.
-        whole: Vec<PointName>,
-        /// What is wrong, with which file ([`ReadError::path`]), and where.
-        #[source]
-        cause: Box<ReadError>,
-    },
+    Point(#[from] PointError),
     /// The path is none of a file: it is empty, or ends with `..` or a slash.
     #[error("{} is not the path of a file", path.display())]
     NoFile {
@@ -146,35 +95,12 @@ pub enum RestoreError {
     Cancelled,
 }
 
-/// Tells which points are still whole.
-struct Whole<'a>(&'a [PointName]);
-
-impl fmt::Display for Whole<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let newest: Vec<_> = self.0.iter().rev().take(NAMED).map(ToString::to_string).collect();
-        match self.0.len() {
-            0 => f.write_str("no point of the image is known to be whole"),
-            1 => write!(f, "not affected: {}", newest[0]),
-            more if more <= NAMED => write!(f, "not affected: {}", newest.join(", ")),
-            more => write!(f, "not affected: {} and {} older", newest.join(", "), more - NAMED),
+impl RestoreError {
+    /// What an error of the copy from `point` means.
+    pub(super) fn of_source(point: &OpenPoint, error: SourceError) -> Self {
+        match point.explain(error) {
+            Ok(error) => error.into(),
+            Err(error) => Self::Copy(error.into()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_newest_whole_points_are_named() {
-        let points: Vec<_> =
-            (0..7).map(|second| PointName::parse(&format!("1700000{second:03}")).expect("a point")).collect();
-        assert_eq!(Whole(&[]).to_string(), "no point of the image is known to be whole");
-        assert_eq!(Whole(&points[..1]).to_string(), "not affected: 1700000000");
-        assert_eq!(Whole(&points[..2]).to_string(), "not affected: 1700000001, 1700000000");
-        assert_eq!(
-            Whole(&points).to_string(),
-            "not affected: 1700000006, 1700000005, 1700000004, 1700000003, 1700000002 and 2 older"
-        );
     }
 }

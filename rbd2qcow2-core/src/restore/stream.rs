@@ -6,10 +6,10 @@ use std::ops::Range;
 use crossbeam::channel::{self, Receiver, RecvTimeoutError, SendTimeoutError, Sender};
 
 use super::error::RestoreError;
-use super::point::OpenPoint;
 use crate::buffer::{Buffer, BufferPool};
 use crate::cancel::Cancel;
 use crate::copy::CopyError;
+use crate::point::OpenPoint;
 use crate::progress::Progress;
 use crate::source::{RbdDiffSource, SourceError};
 
@@ -28,7 +28,7 @@ pub(super) enum StreamError {
 impl StreamError {
     pub(super) fn explain(self, point: &OpenPoint) -> RestoreError {
         match self {
-            Self::Source(cause) => point.explain(cause),
+            Self::Source(cause) => RestoreError::of_source(point, cause),
             Self::Write { offset, cause } => RestoreError::Stream { offset, size: point.size(), cause },
             Self::Thread(cause) => RestoreError::Copy(CopyError::Thread(cause)),
             Self::Cancelled => RestoreError::Cancelled,

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use super::error::RestoreError;
 use crate::chain::{ChainError, durable, image_directory, images_in};
 use crate::error::Causes;
+use crate::point::PointError;
 
 /// Behind the name of a file that is being written.
 const SUFFIX: &str = ".partial";
@@ -49,7 +50,7 @@ impl Target {
         };
         let unusable = |cause| RestoreError::Directory { path: directory.clone(), cause };
         let real = directory.canonicalize().map_err(unusable)?;
-        for image in images_in(dest)?.images {
+        for image in images_in(dest).map_err(PointError::from)?.images {
             let chain = image_directory(dest, &image);
             if chain.canonicalize().is_ok_and(|chain| real.starts_with(chain)) {
                 return Err(RestoreError::WithinChain { path: path.to_owned(), directory: chain });

@@ -34,7 +34,7 @@ fn a_damaged_table_is_named_with_the_points_that_do_without() {
     flip(&damaged, l2_table(&damaged) + 16, &[0x81]);
     for format in [FileFormat::Raw, FileFormat::Qcow2(Qcow2Options::default())] {
         match refused(&fixture, fixture.to_file(None, &format)) {
-            RestoreError::Damaged { whole, point, cause, .. } => {
+            RestoreError::Point(PointError::Damaged { whole, point, cause, .. }) => {
                 assert_eq!((cause.path(), point), (Some(&*damaged), fixture.points[2].0));
                 assert_eq!(whole, [fixture.points[0].0]);
             }
@@ -63,7 +63,7 @@ fn a_layer_that_was_cut_off_or_is_missing_is_named() {
         let error = refused(&fixture, fixture.to_file(None, &FileFormat::Raw));
         let text = Causes(&error).to_string();
         assert!(
-            matches!(&error, RestoreError::Broken { whole, .. } if *whole == [fixture.points[0].0]),
+            matches!(&error, RestoreError::Point(PointError::Broken { whole, .. }) if *whole == [fixture.points[0].0]),
             "{text}"
         );
         let named = if remove { fixture.points[1].0.to_string() } else { path.display().to_string() };
@@ -82,14 +82,20 @@ fn what_is_not_there_is_told() {
     };
     let point = PointName::parse("20261122T173312Z").expect("a point");
     let error = run(&|restore| restore.point = Some(point));
-    assert!(matches!(&error, RestoreError::UnknownPoint { known, .. } if known.len() == 1), "{error:?}");
+    assert!(
+        matches!(&error, RestoreError::Point(PointError::UnknownPoint { known, .. }) if known.len() == 1),
+        "{error:?}"
+    );
     assert_eq!(error.to_string(), "image \"vm\" has no point 20261122T173312Z");
     let error = run(&|restore| restore.image = "vm2".into());
-    assert!(matches!(error, RestoreError::UnknownImage { .. }), "{error:?}");
+    assert!(matches!(error, RestoreError::Point(PointError::UnknownImage { .. })), "{error:?}");
     let error = run(&|restore| restore.image = String::new());
-    assert!(matches!(error, RestoreError::Name(_)), "{error:?}");
+    assert!(matches!(error, RestoreError::Point(PointError::Name(_))), "{error:?}");
     let error = run(&|restore| restore.dest.push("not-mounted"));
-    assert!(matches!(error, RestoreError::Chain(ChainError::DestinationMissing { .. })), "{error:?}");
+    assert!(
+        matches!(error, RestoreError::Point(PointError::Chain(ChainError::DestinationMissing { .. }))),
+        "{error:?}"
+    );
 }
 
 /// Also where it looks like an image's.
@@ -98,7 +104,7 @@ fn a_directory_of_something_else_is_left_alone() {
     let fixture = Fixture::empty("vm");
     fs::create_dir(fixture.directory()).expect("created");
     let error = refused(&fixture, fixture.to_file(None, &FileFormat::Raw));
-    assert!(matches!(error, RestoreError::UnknownImage { .. }), "{error:?}");
+    assert!(matches!(error, RestoreError::Point(PointError::UnknownImage { .. })), "{error:?}");
     assert_eq!(names_in(&fixture.directory()), [""; 0]);
 }
 
@@ -165,7 +171,7 @@ fn the_chain_is_held_until_the_end() {
     let fixture = Fixture::of_sizes(&[1 << 20]);
     let writer = ChainWriter::open(fixture.dest.path(), &fixture.image).expect("opened");
     let error = refused(&fixture, fixture.to_file(None, &FileFormat::Raw));
-    assert!(matches!(error, RestoreError::Chain(ChainError::Locked { .. })), "{error:?}");
+    assert!(matches!(error, RestoreError::Point(PointError::Chain(ChainError::Locked { .. }))), "{error:?}");
     drop(writer);
     let out = fixture.out.path().join("out");
     let try_to_write = || {
@@ -185,7 +191,7 @@ fn a_hostile_backing_file_is_not_followed() {
     flip(&path, 8, &[104_u64.to_be_bytes().as_slice(), &2_u32.to_be_bytes()].concat());
     let error = refused(&fixture, fixture.to_file(None, &FileFormat::Raw));
     assert!(
-        matches!(&error, RestoreError::Broken { cause, .. } if !matches!(**cause, Problem::NoSuchPoint { .. }))
+        matches!(&error, RestoreError::Point(PointError::Broken { cause, .. }) if !matches!(**cause, Problem::NoSuchPoint { .. }))
     );
 }
 

@@ -4,13 +4,16 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::error::RestoreError;
 use crate::chain::lock::ChainLock;
 use crate::chain::names::{ImageName, PointName};
 use crate::chain::{Catalogue, ChainError, Point, Problem, image_directory};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
 use crate::source::SourceError;
+
+mod error;
+
+pub use error::PointError;
 
 /// A point that can be read. While this lives, no backup adds to its image's chain, and nothing is
 /// removed from it.
@@ -30,12 +33,12 @@ impl OpenPoint {
     /// layers that it builds upon. Does not wait for a run that writes the chain.
     ///
     /// # Errors
-    /// [`RestoreError::Chain`] (for a chain that is being written:
-    /// [`ChainError::Locked`]), [`RestoreError::UnknownImage`], [`RestoreError::UnknownPoint`],
-    /// [`RestoreError::Broken`], [`RestoreError::Damaged`].
-    pub fn open(dest: &Path, image: &ImageName, point: Option<PointName>) -> Result<Self, RestoreError> {
+    /// [`PointError::Chain`] (for a chain that is being written:
+    /// [`ChainError::Locked`]), [`PointError::UnknownImage`], [`PointError::UnknownPoint`],
+    /// [`PointError::Broken`], [`PointError::Damaged`].
+    pub fn open(dest: &Path, image: &ImageName, point: Option<PointName>) -> Result<Self, PointError> {
         let directory = image_directory(dest, image);
-        let unknown = || RestoreError::UnknownImage { dest: dest.to_owned(), image: image.clone() };
+        let unknown = || PointError::UnknownImage { dest: dest.to_owned(), image: image.clone() };
         match fs::symlink_metadata(&directory) {
             Ok(metadata) if metadata.is_dir() => {}
             Ok(_) => return Err(ChainError::NotADirectory { path: directory }.into()),
@@ -54,7 +57,7 @@ impl OpenPoint {
         let newest = catalogue.newest().ok_or_else(unknown)?;
         let found = match point {
             None => newest,
-            Some(name) => catalogue.point(name).ok_or_else(|| RestoreError::UnknownPoint {
+            Some(name) => catalogue.point(name).ok_or_else(|| PointError::UnknownPoint {
                 image: image.clone(),
                 point: name,
                 known: catalogue.points().iter().map(|point| point.name).collect(),
@@ -97,8 +100,11 @@ impl OpenPoint {
         self.size
     }
 
-    /// What it means for the image's points that the chain could not be read.
-    pub(super) fn explain(&self, error: SourceError) -> RestoreError {
+    /// What an error of a source that reads this point means for the image's points.
+    ///
+    /// # Errors
+    /// The error itself, where the chain is not the cause.
+    pub(crate) fn explain(&self, error: SourceError) -> Result<PointError, SourceError> {
         match error {
             SourceError::Segments { cause, .. }
             | SourceError::Diff { cause, .. }
@@ -106,15 +112,15 @@ impl OpenPoint {
                 if cause.is::<ReadError>() =>
             {
                 let cause = cause.downcast().expect("it was asked");
-                damaged(&self.catalogue, self.name, cause)
+                Ok(damaged(&self.catalogue, self.name, cause))
             }
-            error => RestoreError::Copy(error.into()),
+            error => Err(error),
         }
     }
 }
 
-fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, RestoreError> {
-    let paths = catalogue.layers(name).map_err(|problem: Problem| RestoreError::Broken {
+fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, PointError> {
+    let paths = catalogue.layers(name).map_err(|problem: Problem| PointError::Broken {
         image: catalogue.image().clone(),
         point: name,
         whole: catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect(),
@@ -123,9 +129,9 @@ fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, Res
     ChainReader::open(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
 }
 
-fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> RestoreError {
+fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> PointError {
     let whole = cause.path().map_or_else(Vec::new, |path| without(catalogue, path));
-    RestoreError::Damaged { image: catalogue.image().clone(), point, whole, cause }
+    PointError::Damaged { image: catalogue.image().clone(), point, whole, cause }
 }
 
 /// The points that look whole and do not build upon the layer at `path`.
