@@ -13,6 +13,7 @@ pub fn word(stage: Stage) -> &'static str {
     match stage {
         Stage::Prepare => "prepare",
         Stage::Snapshot => "snapshot",
+        Stage::Empty => "empty",
         Stage::Copy => "copy",
         Stage::Commit => "commit",
         Stage::CleanUp => "clean up",

@@ -17,6 +17,7 @@ use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
+use crate::restore::image::{INCOMPLETE_KEY, describe_incomplete};
 use crate::source::librbd::LibrbdSource;
 
 mod plan;
@@ -47,6 +48,16 @@ pub enum BackupError {
     /// The copy failed.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// The image is half of a restore.
+    #[error(
+        "the image is the unfinished restore of {of}: restore that again to finish it; if what it holds is good \
+         after all, remove its metadata key {}",
+        String::from_utf8_lossy(INCOMPLETE_KEY)
+    )]
+    HalfRestored {
+        /// The image and point that it was going to be.
+        of: String,
+    },
     /// A new chain's id could not be drawn.
     #[error("cannot get random numbers for the id of a new chain")]
     Random(#[source] std::io::Error),
@@ -136,6 +147,9 @@ impl Backup<'_> {
             report.reason =
                 Some(format!("the image's metadata has backup-skip={}", String::from_utf8_lossy(value)));
             return Ok(Status::Skipped);
+        }
+        if let Some(value) = metadata.get(INCOMPLETE_KEY) {
+            return Err(BackupError::HalfRestored { of: describe_incomplete(value) });
         }
         if self.options.dry_run {
             return self.rehearse(&name, &head, report);
@@ -290,7 +304,7 @@ impl Backup<'_> {
             object_size: info.object_size,
             stripe_unit: info.stripe_unit,
             stripe_count: info.stripe_count,
-            features: Features { bits: info.features, names: info.feature_names() },
+            features: Features { bits: info.features.0, names: info.features.names() },
             metadata,
             clone_parent: parent.map(|parent| CloneParent {
                 pool: parent.pool,

@@ -9,6 +9,7 @@ use crate::extent::Extent;
 use crate::qcow2::header::EXTENDED_L2_MIN_BITS;
 use crate::source::BoxError;
 
+pub mod block;
 pub mod native;
 pub mod qemu_nbd;
 pub mod raw;

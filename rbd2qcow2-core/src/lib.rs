@@ -28,6 +28,7 @@ pub mod backup;
 pub mod buffer;
 pub mod cancel;
 pub mod chain;
+mod compare;
 pub mod copy;
 pub mod error;
 pub mod extent;

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::chain::lock::ChainLock;
+use crate::chain::manifest::Record;
 use crate::chain::names::{ImageName, PointName};
 use crate::chain::{Catalogue, ChainError, Point, Problem, image_directory};
 use crate::qcow2::chain::ChainReader;
@@ -85,6 +86,13 @@ impl OpenPoint {
     #[must_use]
     pub fn catalogue(&self) -> &Catalogue {
         &self.catalogue
+    }
+
+    /// What the point's manifest tells of the image, if there is one.
+    #[must_use]
+    pub fn record(&self) -> Option<&Record> {
+        let point = self.catalogue.point(self.name)?;
+        point.manifest.as_ref().map(|manifest| &manifest.record)
     }
 
     /// The layers.

@@ -66,7 +66,7 @@ impl Counter {
     }
 }
 
-/// What a backup of one image is doing.
+/// What a backup or a restore of one image is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stage {
@@ -74,6 +74,8 @@ pub enum Stage {
     Prepare,
     /// Taking the snapshot.
     Snapshot,
+    /// Removing what an existing image holds where the point that is restored has nothing.
+    Empty,
     /// Comparing, reading and writing.
     Copy,
     /// Bringing the point to stable storage.

@@ -11,18 +11,25 @@
 #![allow(unsafe_code)]
 
 mod cluster;
+mod create;
 mod diff;
 mod error;
+mod features;
 mod image;
 mod patience;
 mod read;
+mod request;
 mod trash;
+mod watchers;
+mod write;
 
 #[cfg(test)]
 mod tests;
 
 pub use cluster::{Cluster, ClusterOptions, Pool};
+pub use create::NewImage;
 pub use diff::Granularity;
 pub use error::RbdError;
+pub use features::Features;
 pub use image::{Image, ImageInfo, Parent, Snapshot};
 pub use patience::Patience;

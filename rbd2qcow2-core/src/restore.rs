@@ -1,8 +1,9 @@
-//! Bringing a point back: into a file, or as a stream.
+//! Bringing a point back: into a file, as a stream, or into an RBD image.
 //!
 //! A point is opened with its whole chain, which stays locked against changes until the end
 //! ([`OpenPoint`]), and is copied by the same pipeline that makes backups: the chain is the source
-//! ([`source::chain`](crate::source::chain)), a file is the layer. Nothing here needs Ceph.
+//! ([`source::chain`](crate::source::chain)), a file or an
+//! RBD image is the layer. Only the latter ([`image`]) needs Ceph.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,10 @@ use crate::point::{OpenPoint, PointError};
 use crate::progress::{Observer, Progress, Stage};
 use crate::source::chain::ChainSource;
 
+pub mod block;
 mod error;
+#[cfg(feature = "rbd")]
+pub mod image;
 mod stream;
 mod target;
 
@@ -100,9 +104,11 @@ pub struct RestoreReport {
     pub point: PointName,
     /// The image's size, in bytes.
     pub virtual_size: u64,
-    /// Bytes of the image that were written. Into a stream that is all of them.
+    /// Bytes of the image that were written. Into a stream that is all of them, into an RBD image that
+    /// existed what was not there yet.
     pub bytes_written: u64,
-    /// Bytes of the image that are zeroes and were not written: the rest.
+    /// Bytes of the image that are zeroes and were not written: the rest. In an RBD image that existed
+    /// these are only the bytes that had to be made zeroes.
     pub zero_bytes: u64,
     /// From the start until everything was on stable storage.
     pub time: Duration,
@@ -182,6 +188,10 @@ impl Restore {
 }
 
 impl Run<'_> {
+    fn stage(&self, stage: Stage) {
+        self.observer.stage(&self.restore.image, stage);
+    }
+
     fn open(&self) -> Result<OpenPoint, PointError> {
         let Restore { dest, image, point, .. } = self.restore;
         OpenPoint::open(dest, &ImageName::new(image)?, *point)
@@ -190,7 +200,7 @@ impl Run<'_> {
     /// Copies everything that is not zeroes, and has it brought to stable storage. `path` is where the
     /// file is going to be, for errors.
     fn copy(&self, point: &OpenPoint, layer: &dyn LayerWriter, path: &Path) -> Result<(), RestoreError> {
-        self.observer.stage(&self.restore.image, Stage::Copy);
+        self.stage(Stage::Copy);
         let options = &self.restore.options;
         let copy = Copy {
             source: &ChainSource::new(point.chain(), point.size()),
@@ -205,7 +215,7 @@ impl Run<'_> {
             stop: &self.cancel.part(),
         };
         let copied = copy.run().and_then(|_| {
-            self.observer.stage(&self.restore.image, Stage::Commit);
+            self.stage(Stage::Commit);
             copy::finish(layer, self.cancel)
         });
         copied.map_err(|error| match error {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::buffer::Buffer;
 use crate::extent::Extent;
 
+pub(crate) mod beyond;
 pub mod chain;
 #[cfg(feature = "rbd")]
 pub mod librbd;

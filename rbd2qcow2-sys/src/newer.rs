@@ -1,4 +1,4 @@
-//! Functions that librbd got after Jewel (10.2), looked up in the running process.
+//! Functions that librbd and librados got after Jewel (10.2), looked up in the running process.
 //!
 //! Each getter gives the function, or `None` where the loaded librbd lacks it. The signatures are
 //! those of `rbd/librbd.h`.
@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::Library;
 use rados_sys::rados_ioctx_t;
 
-use crate::rbd_image_t;
+use crate::{rbd_completion_t, rbd_image_t};
 
 /// `rbd_get_id`: the image's id. Since Luminous (12.2).
 pub type GetId = unsafe extern "C" fn(image: rbd_image_t, id: *mut c_char, id_len: usize) -> c_int;
@@ -69,6 +69,43 @@ impl SnapTrash {
     pub const SNAP_NAMESPACE_TRASH: c_int = 2;
 }
 
+/// `rbd_aio_write_zeroes`. Since Pacific (16.2).
+pub type AioWriteZeroes = unsafe extern "C" fn(
+    image: rbd_image_t,
+    off: u64,
+    len: usize,
+    c: rbd_completion_t,
+    zero_flags: c_int,
+    op_flags: c_int,
+) -> c_int;
+
+/// `rbd_lock_acquire`. Since Luminous (12.2).
+pub type LockAcquire = unsafe extern "C" fn(image: rbd_image_t, lock_mode: c_int) -> c_int;
+
+/// `RBD_LOCK_MODE_EXCLUSIVE`
+pub const LOCK_MODE_EXCLUSIVE: c_int = 0;
+
+/// `rbd_image_watcher_t`. Declared here because the headers before Mimic lack it.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ImageWatcher {
+    pub addr: *mut c_char,
+    pub id: i64,
+    pub cookie: u64,
+}
+
+/// What lists the clients that watch an image. Since Mimic (13.2).
+#[derive(Clone, Copy, Debug)]
+pub struct Watchers {
+    /// `rbd_watchers_list`: -ERANGE, and the number needed, where there are more than there is room for.
+    pub list: unsafe extern "C" fn(rbd_image_t, *mut ImageWatcher, *mut usize) -> c_int,
+    /// `rbd_watchers_list_cleanup`
+    pub free: unsafe extern "C" fn(*mut ImageWatcher, usize),
+}
+
+/// `rados_set_pool_full_try`: writes to a full pool fail instead of waiting. Since Octopus (15.2).
+pub type SetPoolFullTry = unsafe extern "C" fn(io: rados_ioctx_t);
+
 fn look_up<F: Copy>(name: &CStr) -> Option<F> {
     // SAFETY: `this` gives a handle to the running process and runs no initialiser; every caller
     // asks for the type that librbd.h declares for the name.
@@ -110,4 +147,30 @@ pub fn rbd_snap_trash() -> Option<SnapTrash> {
             remove: look_up(c"rbd_snap_remove_by_id")?,
         })
     })
+}
+
+/// [`AioWriteZeroes`], where the loaded librbd has it.
+pub fn rbd_aio_write_zeroes() -> Option<AioWriteZeroes> {
+    static FOUND: OnceLock<Option<AioWriteZeroes>> = OnceLock::new();
+    *FOUND.get_or_init(|| look_up(c"rbd_aio_write_zeroes"))
+}
+
+/// [`LockAcquire`], where the loaded librbd has it.
+pub fn rbd_lock_acquire() -> Option<LockAcquire> {
+    static FOUND: OnceLock<Option<LockAcquire>> = OnceLock::new();
+    *FOUND.get_or_init(|| look_up(c"rbd_lock_acquire"))
+}
+
+/// [`Watchers`], where the loaded librbd has it.
+pub fn rbd_watchers() -> Option<Watchers> {
+    static FOUND: OnceLock<Option<Watchers>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        Some(Watchers { list: look_up(c"rbd_watchers_list")?, free: look_up(c"rbd_watchers_list_cleanup")? })
+    })
+}
+
+/// [`SetPoolFullTry`], where the loaded librados has it.
+pub fn rados_set_pool_full_try() -> Option<SetPoolFullTry> {
+    static FOUND: OnceLock<Option<SetPoolFullTry>> = OnceLock::new();
+    *FOUND.get_or_init(|| look_up(c"rados_set_pool_full_try"))
 }

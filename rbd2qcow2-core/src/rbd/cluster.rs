@@ -173,6 +173,8 @@ impl Cluster {
         cluster.set(c"rbd_concurrent_management_ops", &CONCURRENT_MANAGEMENT_OPS.to_string_lossy())?;
         // Everything is read once: a cache only costs a copy.
         cluster.set(c"rbd_cache", "false")?;
+        // What is written stays as it is until it is. librbd before Luminous has no such option.
+        let _ = cluster.set(c"rbd_disable_zero_copy_writes", "false");
         Ok(cluster)
     }
 

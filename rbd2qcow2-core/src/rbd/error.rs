@@ -93,6 +93,18 @@ impl RbdError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Failed { errno: Errno::NOENT, .. })
     }
+
+    /// Whether what was to be made exists already.
+    #[must_use]
+    pub fn is_already_there(&self) -> bool {
+        matches!(self, Self::Failed { errno: Errno::EXIST, .. })
+    }
+
+    /// Whether librbd or the cluster does not know a feature of the image that was to be created.
+    #[must_use]
+    pub(crate) fn is_unknown_feature(&self) -> bool {
+        matches!(self, Self::Failed { errno: Errno::NOSYS, .. })
+    }
 }
 
 /// What an error number means where it comes from Ceph, in the words of whoever has to mend it.

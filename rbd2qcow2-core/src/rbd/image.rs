@@ -14,6 +14,7 @@ use sys::rbd_image_t;
 
 use super::cluster::{Pool, bytes_of, c_string, split_nul, string_of, utf8};
 use super::error::{RbdError, check};
+use super::features::Features;
 use super::patience::{Patience, teardown};
 
 /// A snapshot of an image, as the image lists it.
@@ -55,35 +56,12 @@ pub struct ImageInfo {
     pub stripe_unit: u64,
     /// Objects over which rows are spread; 1 without striping.
     pub stripe_count: u64,
-    /// Bits of `RBD_FEATURE_*`.
-    pub features: u64,
+    /// What it can do.
+    pub features: Features,
     /// Bytes from the start that fall through to the parent where the image holds nothing.
     pub overlap: u64,
     /// Whether the object map may be asked which objects exist.
     pub object_map_valid: bool,
-}
-
-impl ImageInfo {
-    /// The names of the features, as `rbd info` prints them; a bit without a name as `bit-N`.
-    #[must_use]
-    pub fn feature_names(&self) -> Vec<String> {
-        const NAMES: [&str; 11] = [
-            "layering",
-            "striping",
-            "exclusive-lock",
-            "object-map",
-            "fast-diff",
-            "deep-flatten",
-            "journaling",
-            "data-pool",
-            "operations",
-            "migrating",
-            "non-primary",
-        ];
-        let set = (0..u64::BITS).filter(|bit| self.features & (1 << bit) != 0);
-        set.map(|bit| NAMES.get(bit as usize).map_or_else(|| format!("bit-{bit}"), |name| (*name).to_owned()))
-            .collect()
-    }
 }
 
 /// An image, open at its head or at a snapshot. Clones share the handle; the last one closes it.
@@ -321,7 +299,7 @@ fn read_info(raw: rbd_image_t, what: &str) -> Result<ImageInfo, RbdError> {
         object_size: stat.obj_size,
         stripe_unit: number(raw, what, sys::rbd_get_stripe_unit)?,
         stripe_count: number(raw, what, sys::rbd_get_stripe_count)?,
-        features,
+        features: Features(features),
         overlap: number(raw, what, sys::rbd_get_overlap)?,
         object_map_valid: features & needed == needed && flags & invalid == 0,
     })

@@ -22,22 +22,6 @@ fn an_abandoned_call_is_reported_in_time() {
 }
 
 #[test]
-fn features_have_the_names_that_rbd_prints() {
-    let info = ImageInfo {
-        id: String::new(),
-        size: 0,
-        object_size: 1,
-        stripe_unit: 1,
-        stripe_count: 1,
-        features: 0b11_1101 | 1 << 60,
-        overlap: 0,
-        object_map_valid: true,
-    };
-    let names = ["layering", "exclusive-lock", "object-map", "fast-diff", "deep-flatten", "bit-60"];
-    assert_eq!(info.feature_names(), names);
-}
-
-#[test]
 fn the_client_is_found_in_ceph_args() {
     let client = |arguments| super::cluster::client_in(arguments);
     assert_eq!(client(""), None);

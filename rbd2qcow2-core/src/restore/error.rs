@@ -3,11 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+#[cfg(feature = "rbd")]
+use super::image::ImageError;
 use crate::chain::ChainError;
 use crate::copy::CopyError;
 use crate::layer::LayerError;
 use crate::point::{OpenPoint, PointError};
-use crate::source::SourceError;
+use crate::source::{BoxError, SourceError};
 
 /// Why a point was not restored. No chain was changed, and no file is left of what was begun, unless
 /// a variant says otherwise.
@@ -87,6 +89,29 @@ pub enum RestoreError {
         #[source]
         cause: io::Error,
     },
+    /// The point does not fit into the block image, which was not changed.
+    #[error("{title} has {size} bytes, and the point needs {needed}")]
+    BlockTooSmall {
+        /// The image.
+        title: String,
+        /// Its size in bytes.
+        size: u64,
+        /// The point's size in bytes.
+        needed: u64,
+    },
+    /// The block image could not be made what the point is. What it holds is no image of anything.
+    #[error("cannot restore to {title}, which is left incomplete")]
+    Block {
+        /// The image.
+        title: String,
+        /// Why.
+        #[source]
+        cause: BoxError,
+    },
+    /// The point could not be restored into an RBD image.
+    #[cfg(feature = "rbd")]
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// The copy failed, neither in the chain nor in the file.
     #[error("cannot restore")]
     Copy(#[source] CopyError),

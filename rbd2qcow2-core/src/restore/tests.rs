@@ -23,12 +23,12 @@ use crate::qcow2::testing::{VARIANTS, make, qemu};
 mod faults;
 
 /// A destination with one image, and a directory to restore to.
-struct Fixture {
+pub(super) struct Fixture {
     dest: tempfile::TempDir,
     out: tempfile::TempDir,
     image: ImageName,
     /// What each point holds, the oldest first.
-    points: Vec<(PointName, Vec<u8>)>,
+    pub(super) points: Vec<(PointName, Vec<u8>)>,
 }
 
 impl Fixture {
@@ -39,7 +39,7 @@ impl Fixture {
     }
 
     /// An image with a point for each step.
-    fn new(steps: &[Step]) -> Self {
+    pub(super) fn new(steps: &[Step]) -> Self {
         let mut fixture = Self::empty("vm/1");
         for (form, image) in steps {
             let old = fixture.points.last().map_or(&[][..], |(_, content)| content);
@@ -49,7 +49,7 @@ impl Fixture {
     }
 
     /// Points of so many bytes each, alike but for the part that changes.
-    fn of_sizes(sizes: &[usize]) -> Self {
+    pub(super) fn of_sizes(sizes: &[usize]) -> Self {
         let mut fixture = Self::empty("vm");
         for (number, size) in (1..).zip(sizes) {
             let mut content = vec![0; *size];
@@ -86,7 +86,7 @@ impl Fixture {
         self.directory().join(format!("{}@{}.qcow2", self.image.encoded(), self.points[index].0))
     }
 
-    fn restore(&self, point: Option<PointName>) -> Restore {
+    pub(super) fn restore(&self, point: Option<PointName>) -> Restore {
         Restore {
             dest: self.dest.path().to_owned(),
             image: self.image.as_str().to_owned(),

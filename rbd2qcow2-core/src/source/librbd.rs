@@ -93,6 +93,18 @@ impl LibrbdSource {
         Ok(Self { image: handle, info, base, mode, fallback, suspect_from })
     }
 
+    /// An open image as it is, compared with nothing: all that it holds. Nobody else must write to it
+    /// meanwhile. Blocks.
+    ///
+    /// # Errors
+    /// [`RbdError`].
+    pub fn contents(image: Image) -> Result<Self, RbdError> {
+        let info = image.info()?;
+        let mode = if info.object_map_valid { DiffMode::Exact } else { DiffMode::Scan };
+        let suspect_from = info.size;
+        Ok(Self { image, info, base: None, mode, fallback: None, suspect_from })
+    }
+
     /// The properties of the image at the snapshot.
     #[must_use]
     pub fn info(&self) -> &ImageInfo {

@@ -52,7 +52,7 @@ fn images_are_told_as_another_client_tells_them() {
             (&info.id, info.size, info.object_size, info.stripe_unit, info.stripe_count, info.overlap),
             (&told.id, told.size, told.object_size, told.stripe_unit, told.stripe_count, told.overlap)
         );
-        assert_eq!(info.feature_names().join(" "), told.features.join(" "));
+        assert_eq!(info.features.names().join(" "), told.features.join(" "));
         assert_eq!(info.object_map_valid, spec == &parent);
         let parent = image.parent().unwrap().map(|parent| [parent.pool, parent.image, parent.snapshot]);
         assert_eq!(parent, told.parent);

@@ -39,7 +39,7 @@ pub(crate) enum Stretch {
     Old,
 }
 
-fn fill(bytes: &mut [u8], old: &[u8], stretch: &Stretch) {
+pub(crate) fn fill(bytes: &mut [u8], old: &[u8], stretch: &Stretch) {
     let mut state = match stretch {
         Stretch::Zeroes => return bytes.fill(0),
         Stretch::Constant(byte) => return bytes.fill(*byte),
