@@ -30,7 +30,8 @@ pub fn speed(bytes_per_second: f64) -> String {
 
 /// A number of bytes in three digits, for columns: at most 8 characters.
 pub fn size(bytes: u64) -> String {
-    let (mut number, mut units) = (approximate(bytes), ["KiB", "MiB", "GiB", "TiB", "PiB"].into_iter());
+    let (mut number, mut units) =
+        (approximate(bytes), ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"].into_iter());
     let mut unit = "B";
     // What would be rounded to four digits is told in the next unit.
     while number >= 999.5
@@ -135,16 +136,8 @@ mod tests {
         assert_eq!(
             told.map(size),
             [
-                "0 B",
-                "999 B",
-                "0.98 KiB",
-                "977 KiB",
-                "8.00 GiB",
-                "9.76 MiB",
-                "1.00 GiB",
-                "100 GiB",
-                "16.0 TiB",
-                "16384 PiB"
+                "0 B", "999 B", "0.98 KiB", "977 KiB", "8.00 GiB", "9.76 MiB", "1.00 GiB", "100 GiB",
+                "16.0 TiB", "16.0 EiB"
             ]
         );
     }

@@ -14,8 +14,19 @@ pub struct Listing {
     pub catalogue: Catalogue,
     /// How the points build upon each other, by their place in the catalogue.
     pub forest: Forest<PointName>,
-    /// The run that was writing here.
-    pub writer: Option<Holder>,
+    /// Whether a run was writing here.
+    pub activity: Activity,
+}
+
+/// Whether a run writes in a directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// None does.
+    Idle,
+    /// This one does.
+    Writing(Holder),
+    /// We may not look.
+    Unknown,
 }
 
 impl Listing {
@@ -27,11 +38,11 @@ impl Listing {
         let directory = chain::image_directory(dest, image);
         // Files of a run that ends, or begins, meanwhile must not seem to be nobody's: so both before
         // and after.
-        let writer = writer(&directory);
+        let before = Activity::of(&directory);
         let catalogue = Catalogue::read(&directory, image)?;
-        let writer = writer.or_else(|| self::writer(&directory));
+        let activity = if before == Activity::Idle { Activity::of(&directory) } else { before };
         let links: Vec<_> = catalogue.points().iter().map(|point| (point.name, point.parent)).collect();
-        Ok(Self { catalogue, forest: Forest::new(&links), writer })
+        Ok(Self { catalogue, forest: Forest::new(&links), activity })
     }
 
     /// What the layers of some points take on disk, in bytes.
@@ -54,7 +65,7 @@ impl Listing {
             (false, false) => format!("chain {}", ids.join(", ")),
         };
         match tree.missing {
-            Some(missing) => format!("{name}, without {missing}, which is missing"),
+            Some(missing) => format!("{name} ({missing} is missing)"),
             None => name,
         }
     }
@@ -75,12 +86,17 @@ impl Listing {
     }
 }
 
-/// The run that writes in `directory`; none where nobody may look.
-fn writer(directory: &Path) -> Option<Holder> {
-    ChainLock::writer(directory).unwrap_or_else(|error| {
-        log::debug!("cannot tell whether a run is writing in {}: {error}", directory.display());
-        None
-    })
+impl Activity {
+    fn of(directory: &Path) -> Self {
+        match ChainLock::writer(directory) {
+            Ok(None) => Self::Idle,
+            Ok(Some(writer)) => Self::Writing(writer),
+            Err(error) => {
+                log::debug!("cannot tell whether a run is writing in {}: {error}", directory.display());
+                Self::Unknown
+            }
+        }
+    }
 }
 
 /// Each text once, where it comes first.

@@ -119,12 +119,11 @@ fn age(created: Timestamp, now: Timestamp) -> String {
 /// The size that a guest sees, with an arrow where the image had grown or shrunk.
 fn virtual_size(point: &Point, parent: Option<&Point>) -> String {
     let Some(bytes) = point.virtual_size() else { return "?".to_owned() };
-    // A layer's header tells the size in whole sectors, a manifest in bytes.
-    let sectors = |point: &Point| point.virtual_size().map(|bytes| bytes.div_ceil(512));
+    // Without a manifest there is the layer's header, which tells whole sectors.
     let exact = parent.is_none_or(|parent| parent.manifest.is_some()) && point.manifest.is_some();
-    let before = parent.and_then(|parent| if exact { parent.virtual_size() } else { sectors(parent) });
-    let after = if exact { Some(bytes) } else { sectors(point) };
-    let arrow = match before.map(|before| after.cmp(&Some(before))) {
+    let units = |bytes: u64| bytes.div_ceil(if exact { 1 } else { 512 });
+    let before = parent.and_then(Point::virtual_size);
+    let arrow = match before.map(|before| units(bytes).cmp(&units(before))) {
         Some(Ordering::Greater) => "↑",
         Some(Ordering::Less) => "↓",
         Some(Ordering::Equal) | None => "",

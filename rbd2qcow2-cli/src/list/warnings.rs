@@ -7,7 +7,7 @@ use std::time::Duration;
 use indicatif::HumanBytes;
 use jiff::Timestamp;
 
-use super::listing::Listing;
+use super::listing::{Activity, Listing};
 use crate::human::{self, count};
 
 /// So far may the clocks of two machines differ without a word.
@@ -19,15 +19,17 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
     let mut found: Vec<_> = problems.map(|problem| human::causes_block(problem)).collect();
     let image = format!("image {:?}", listing.catalogue.image().as_str());
     let mut about = |text: Option<String>| found.extend(text.map(|text| format!("{image}: {text}")));
-    match listing.writer {
-        Some(writer) => about(Some(format!("{writer}; what it makes is not listed yet"))),
-        None => {
+    match listing.activity {
+        Activity::Writing(run) => about(Some(format!("{run}; what it makes is not listed yet"))),
+        // What seems to be left over may be in use.
+        Activity::Unknown => {}
+        Activity::Idle => {
             about(left_over(listing));
             about(announced(listing));
-            about(
-                listing.catalogue.points().is_empty().then(|| "no backup of it was completed yet".to_owned()),
-            );
         }
+    }
+    if listing.catalogue.points().is_empty() && !matches!(listing.activity, Activity::Writing(_)) {
+        about(Some("no backup of it was completed yet".to_owned()));
     }
     about(in_the_future(listing, now));
     for old in old_chains(listing) {

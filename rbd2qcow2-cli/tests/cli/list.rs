@@ -233,6 +233,10 @@ fn the_directory_of_an_image_is_no_destination() {
         let dest = backups.path().canonicalize().unwrap();
         let command = format!("; say `rbd2qcow2 list {} {word}`\n", dest.display());
         assert!(listed.stderr.starts_with("error: ") && listed.stderr.ends_with(&command), "{listed:?}");
+        // To have verified nothing would be no success either.
+        let verified = run(&["verify".as_ref(), backups.image(image).as_os_str()]);
+        assert_eq!(verified.status, Some(1), "{verified:?}");
+        assert!(verified.stderr.contains("is no destination"), "{verified:?}");
     }
 }
 
@@ -304,7 +308,7 @@ fn damage_is_a_warning() {
         shape(&listed)[5..8],
         [
             "web/1: 1 point",
-            "└┬ chain 0123abcd, without 20241122T173312Z, which is missing: 1 point",
+            "└┬ chain 0123abcd (20241122T173312Z is missing): 1 point",
             " └ 20241123T173307Z incr 2024-11-23 17:33 977 KiB 0 broken",
         ]
     );

@@ -53,7 +53,10 @@ fn image_of(path: &Path) -> Result<Option<(PathBuf, ImageName)>, ChainError> {
     else {
         return Ok(None);
     };
-    Ok(is_image_directory(&path, &image)?.then(|| (dest.to_owned(), image)))
+    let names = entries(&path, || ChainError::DestinationMissing { path: path.clone() })?;
+    // A lock file alone says nothing: whoever keeps his runs apart may have made it in a destination.
+    let found = names.iter().any(|(name, _)| name.as_deref().is_some_and(|name| is_file_of(name, &image)));
+    Ok(found.then(|| (dest.to_owned(), image)))
 }
 
 fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError> {
@@ -67,9 +70,12 @@ fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError
         // One directory that cannot be listed must not hide the others: who reads it is told why.
         Err(_) => return Ok(true),
     };
-    let ours =
-        |name: &str| name == LOCK_FILE || PointFile::parse(name).is_some_and(|file| file.image == *image);
+    let ours = |name: &str| name == LOCK_FILE || is_file_of(name, image);
     Ok(names.iter().any(|(name, _)| name.as_deref().is_some_and(ours)))
+}
+
+fn is_file_of(name: &str, image: &ImageName) -> bool {
+    PointFile::parse(name).is_some_and(|file| file.image == *image)
 }
 
 /// The entries of a directory, sorted: their name where it is text, and their path.
