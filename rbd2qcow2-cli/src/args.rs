@@ -52,8 +52,13 @@ Examples:
   rbd2qcow2 list /backups
   rbd2qcow2 list /backups vm-1 --json
 
-Needs no cluster. A damaged chain is a warning on standard error and does not change the exit
-status; the points that can still be made out are listed.";
+For each image a tree of its points, the oldest first: what stands below another in the same column
+builds upon it, and only where several build upon one do they move to the right. NEEDED BY is how
+many points would be lost with this one. An arrow tells that the image had grown or shrunk.
+
+Needs no cluster. Whatever is not as it should be (damage, files left over, chains that are not
+continued) is a warning on standard error and does not change the exit status; the points that can
+still be made out are listed.";
 
 const VERIFY_EXAMPLES: &str = "\
 Examples:

@@ -28,6 +28,41 @@ pub fn speed(bytes_per_second: f64) -> String {
     format!("{}/s", HumanBytes(whole))
 }
 
+/// A number of bytes in three digits, for columns: at most 8 characters.
+pub fn size(bytes: u64) -> String {
+    let (mut number, mut units) =
+        (approximate(bytes), ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"].into_iter());
+    let mut unit = "B";
+    // What would be rounded to four digits is told in the next unit.
+    while number >= 999.5
+        && let Some(next) = units.next()
+    {
+        (number, unit) = (number / 1024.0, next);
+    }
+    let decimals = match number {
+        _ if unit == "B" => 0,
+        ..9.995 => 2,
+        ..99.95 => 1,
+        _ => 0,
+    };
+    format!("{number:.decimals$} {unit}")
+}
+
+/// A count of things, with the word for one of them.
+pub fn count(number: usize, word: &str) -> String {
+    format!("{number} {word}{}", if number == 1 { "" } else { "s" })
+}
+
+/// A word of a command line, as a shell takes it.
+pub fn shell_word(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+,:@%".contains(&byte);
+    if !text.is_empty() && text.bytes().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
 /// The number as a float, for ratios that people look at.
 pub fn approximate(number: u64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "nobody sees the sixteenth digit")]
@@ -93,6 +128,24 @@ mod tests {
     fn a_rate_over_no_time_is_none() {
         assert_eq!(rate(1 << 20, Duration::ZERO), "0 B/s");
         assert_eq!(rate(3 << 20, Duration::from_secs(2)), "1.50 MiB/s");
+    }
+
+    #[test]
+    fn sizes_have_three_digits() {
+        let told = [0, 999, 1000, 1_000_001, 8 << 30, 10_234_567, 1023 << 20, 100 << 30, 16 << 40, u64::MAX];
+        assert_eq!(
+            told.map(size),
+            [
+                "0 B", "999 B", "0.98 KiB", "977 KiB", "8.00 GiB", "9.76 MiB", "1.00 GiB", "100 GiB",
+                "16.0 TiB", "16.0 EiB"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_shell_takes_any_word() {
+        let words = ["/backups/vm-1", "a b", "", "it's", "$(x)"];
+        assert_eq!(words.map(shell_word), ["/backups/vm-1", "'a b'", "''", r"'it'\''s'", "'$(x)'"]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 
 use jiff::Timestamp;
-use rbd2qcow2_core::chain::{self, Catalogue, ChainError, ImageName};
+use rbd2qcow2_core::chain::{self, ChainError, ImageName};
 
 use crate::args::{ListArgs, OutputArgs};
 use crate::console::Console;
@@ -11,8 +11,13 @@ use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
 use crate::{human, names};
 
+mod listing;
+mod people;
 mod row;
+mod tree;
+mod warnings;
 
+use listing::Listing;
 use row::Row;
 
 /// Why an image could not be listed. The others are.
@@ -45,22 +50,27 @@ enum ListError {
 /// # Errors
 /// The directory could not be read, or standard output failed.
 pub fn run(args: &ListArgs, output: &OutputArgs, console: &Console) -> Result<Outcome, CommandError> {
-    let found = chain::images_in(&args.dest).map_err(CommandError::Destination)?;
+    let found = chain::images_in(&args.dest).map_err(explain)?;
     for path in &found.foreign {
         log::debug!("{} is no directory of an image", path.display());
     }
     let (images, mut failures) = select(args, found.images);
-    let mut rows = Vec::new();
-    for image in &images {
-        match read(args, image, console) {
-            Ok(found) => rows.extend(found),
-            Err(failure) => failures.push(failure),
+    let mut listings = Vec::new();
+    for image in images {
+        match Listing::read(&args.dest, &image) {
+            Ok(listing) => listings.push(listing),
+            Err(cause) => failures.push(ListError::Read { image: image.as_str().to_owned(), cause }),
         }
     }
-    match write(&rows, output) {
+    let now = Timestamp::now();
+    match write(&listings, output, now) {
         // The reader has seen enough, as `head` has.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         result => result.map_err(CommandError::Output)?,
+    }
+    // Behind the listing, where a terminal shows them.
+    for warning in listings.iter().flat_map(|listing| warnings::of(listing, now)) {
+        console.line(&format!("warning: {warning}"));
     }
     for failure in &failures {
         console.line(&format!("error: {}", human::causes_block(failure)));
@@ -84,28 +94,30 @@ fn select(args: &ListArgs, there: Vec<ImageName>) -> (Vec<ImageName>, Vec<ListEr
     (asked.collect(), failures)
 }
 
-/// The points of one image, the oldest first. Warns of what is wrong with them.
-fn read(args: &ListArgs, image: &ImageName, console: &Console) -> Result<Vec<Row>, ListError> {
-    let directory = chain::image_directory(&args.dest, image);
-    let catalogue = Catalogue::read(&directory, image)
-        .map_err(|cause| ListError::Read { image: image.as_str().to_owned(), cause })?;
-    for problem in catalogue.problems() {
-        console.line(&format!("warning: {}", human::causes_block(problem)));
+/// What to do about a destination that cannot be listed.
+fn explain(error: ChainError) -> CommandError {
+    match &error {
+        ChainError::ImageDirectory { dest, image, .. } => {
+            let [dest, image] = [&dest.to_string_lossy(), image.as_str()].map(human::shell_word);
+            let command = format!("rbd2qcow2 list {dest} {image}");
+            CommandError::ImageDirectory { error: Box::new(error), command }
+        }
+        _ => CommandError::Destination(error),
     }
-    for path in catalogue.leftovers() {
-        log::debug!("{} is left over from a run that did not end, or is being written", path.display());
-    }
-    Ok(catalogue.points().iter().map(|point| Row::new(image, point)).collect())
 }
 
-/// Writes the rows for whoever reads them.
-fn write(rows: &[Row], output: &OutputArgs) -> io::Result<()> {
+/// Writes the points for whoever reads them.
+fn write(listings: &[Listing], output: &OutputArgs, now: Timestamp) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
-    if output.json {
-        let mut lines = JsonLines::new(stdout);
-        rows.iter().try_for_each(|row| lines.write(row))
-    } else {
-        row::write_table(&mut stdout, rows, Timestamp::now())?;
-        stdout.flush()
+    if !output.json {
+        people::write(&mut stdout, listings, now)?;
+        return stdout.flush();
     }
+    let mut lines = JsonLines::new(stdout);
+    for Listing { catalogue, .. } in listings {
+        for point in catalogue.points() {
+            lines.write(&Row::new(catalogue.image(), point))?;
+        }
+    }
+    Ok(())
 }

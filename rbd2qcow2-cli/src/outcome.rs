@@ -43,6 +43,14 @@ pub enum CommandError {
     /// The directory of the backups could not be read.
     #[error(transparent)]
     Destination(ChainError),
+    /// The directory of one image was named instead of the directory of all.
+    #[error("{error}; say `{command}`")]
+    ImageDirectory {
+        /// Which image, and which directory it should be. Has no cause.
+        error: Box<ChainError>,
+        /// The command that was perhaps meant.
+        command: String,
+    },
     /// A point could not be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),

@@ -10,29 +10,45 @@ const GAP: &str = "  ";
 /// A column's heading, and on which side its cells are filled up.
 pub type Column = (&'static str, Alignment);
 
-/// Writes a heading and the rows, which have as many cells as there are columns.
+/// What stands in a table.
+#[derive(Clone, Debug)]
+pub enum Line<const N: usize> {
+    /// A cell for each column.
+    Cells([String; N]),
+    /// Whatever is not told in columns. It makes none of them wider.
+    Text(String),
+}
+
+/// Writes a heading and the lines.
 ///
 /// # Errors
 /// What writing met.
 pub fn write<const N: usize>(
     output: &mut impl Write,
     columns: &[Column; N],
-    rows: &[[String; N]],
+    lines: &[Line<N>],
 ) -> io::Result<()> {
-    let mut widths = columns.map(|(heading, _)| measure_text_width(heading));
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
+    let headings = Line::Cells(columns.map(|(heading, _)| heading.to_owned()));
+    let lines = std::iter::once(&headings).chain(lines);
+    let mut widths = [0; N];
+    for line in lines.clone() {
+        let Line::Cells(cells) = line else { continue };
+        for (width, cell) in widths.iter_mut().zip(cells) {
             *width = measure_text_width(cell).max(*width);
         }
     }
-    let headings = columns.map(|(heading, _)| heading.to_owned());
-    for row in std::iter::once(&headings).chain(rows) {
-        let cells: Vec<_> = row
-            .iter()
-            .zip(columns.iter().zip(widths))
-            .map(|(cell, ((_, alignment), width))| pad_str(cell, width, *alignment, None))
-            .collect();
-        writeln!(output, "{}", cells.join(GAP).trim_end())?;
+    for line in lines {
+        match line {
+            Line::Text(text) => writeln!(output, "{text}")?,
+            Line::Cells(cells) => {
+                let cells: Vec<_> = cells
+                    .iter()
+                    .zip(columns.iter().zip(widths))
+                    .map(|(cell, ((_, alignment), width))| pad_str(cell, width, *alignment, None))
+                    .collect();
+                writeln!(output, "{}", cells.join(GAP).trim_end())?;
+            }
+        }
     }
     Ok(())
 }
@@ -44,10 +60,12 @@ mod tests {
     #[test]
     fn columns_line_up_whatever_the_script() {
         let columns = [("IMAGE", Alignment::Left), ("SIZE", Alignment::Right), ("PARENT", Alignment::Left)];
+        let cells = |cells: [&str; 3]| Line::Cells(cells.map(str::to_owned));
         let rows = [
-            ["größe".to_owned(), "1 B".to_owned(), String::new()],
-            ["a long name".to_owned(), "10 GiB".to_owned(), "x".to_owned()],
-            ["虚拟机".to_owned(), String::new(), "y".to_owned()],
+            cells(["größe", "1 B", ""]),
+            Line::Text("Something that is far longer than any cell".to_owned()),
+            cells(["a long name", "10 GiB", "x"]),
+            cells(["虚拟机", "", "y"]),
         ];
         let mut text = Vec::new();
         write(&mut text, &columns, &rows).unwrap();
@@ -55,6 +73,7 @@ mod tests {
             String::from_utf8(text).unwrap(),
             "IMAGE          SIZE  PARENT\n\
              größe           1 B\n\
+             Something that is far longer than any cell\n\
              a long name  10 GiB  x\n\
              虚拟机               y\n"
         );

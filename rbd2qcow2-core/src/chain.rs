@@ -83,9 +83,9 @@ pub struct Committed {
 
 impl ChainWriter {
     /// Opens the directory of `image` in the destination `dest`, which must exist, for writing:
-    /// creates the directory where there is none, locks it without waiting, and removes what killed
-    /// runs left behind (see [`removed`](Self::removed)). Files that the program did not make are
-    /// never touched.
+    /// creates the directory where there is none, locks it, waiting for a moment at most, and removes
+    /// what killed runs left behind (see [`removed`](Self::removed)). Files that the program did not
+    /// make are never touched.
     ///
     /// # Errors
     /// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`],
@@ -214,7 +214,7 @@ impl ChainWriter {
     /// # Errors
     /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
     pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
-        Announcement::read(&self.directory, &self.image)
+        self.catalogue.announced()
     }
 
     /// Removes the note, durably: after the first commit of the chain, or when the snapshot is gone.

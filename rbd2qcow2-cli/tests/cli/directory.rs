@@ -24,6 +24,14 @@ const CLUSTER: u32 = 65_536;
 /// Virtual size of the images: no multiple of a sector, as images may be.
 pub const SIZE: u64 = 1_000_001;
 
+/// What a point builds upon.
+enum Base {
+    Newest,
+    Nothing,
+    Point(PointName),
+}
+use Base::{Newest, Nothing, Point};
+
 /// A directory of backups that goes with its owner.
 #[derive(Debug)]
 pub struct Backups(TempDir);
@@ -55,7 +63,20 @@ impl Backups {
 
     /// Adds a point to an image, upon its newest one if there is one.
     pub fn add(&self, image: &str, chain: &str, time: &str) -> Committed {
-        self.commit(image, chain, time, SIZE, |path, backing| {
+        self.add_sized(image, chain, time, SIZE)
+    }
+
+    /// Adds a point to an image that is `size` bytes long now, upon its newest one if there is one.
+    pub fn add_sized(&self, image: &str, chain: &str, time: &str, size: u64) -> Committed {
+        self.commit(image, chain, time, size, Newest, |path, backing| {
+            create_layer(path, size.next_multiple_of(512), backing);
+        })
+    }
+
+    /// Adds a point to an image, upon the one of the name `parent`, or upon none.
+    pub fn add_upon(&self, parent: Option<&str>, image: &str, chain: &str, time: &str) -> Committed {
+        let parent = parent.map_or(Nothing, |parent| Point(PointName::parse(parent).unwrap()));
+        self.commit(image, chain, time, SIZE, parent, |path, backing| {
             create_layer(path, SIZE.next_multiple_of(512), backing);
         })
     }
@@ -63,7 +84,7 @@ impl Backups {
     /// Adds a point that holds `content` to an image, upon its newest one, which holds `base`, if there is
     /// one.
     pub fn fill(&self, image: &str, time: &str, content: &[u8], base: Option<&[u8]>) -> Committed {
-        self.commit(image, "0123abcd", time, content.len() as u64, |path, backing| {
+        self.commit(image, "0123abcd", time, content.len() as u64, Newest, |path, backing| {
             assert_eq!(backing.is_some(), base.is_some(), "a base is what the newest point holds");
             write_layer(path, content, backing, base);
         })
@@ -75,13 +96,19 @@ impl Backups {
         chain: &str,
         time: &str,
         size: u64,
+        base: Base,
         write: impl FnOnce(&Path, Option<&str>),
     ) -> Committed {
         let image = ImageName::new(image).unwrap();
         let created: Timestamp = time.parse().unwrap();
         let writer = ChainWriter::open(self.path(), &image).unwrap();
         let point = PointName::at(created).unwrap();
-        let parent = writer.catalogue().newest();
+        let catalogue = writer.catalogue();
+        let parent = match base {
+            Newest => catalogue.newest(),
+            Nothing => None,
+            Point(name) => Some(catalogue.point(name).expect("the parent is there")),
+        };
         let pending = writer.begin(LayerPlan { point, parent, cluster_size: CLUSTER }).unwrap();
         let incremental = pending.backing_name().is_some();
         let record = record(ChainId::parse(chain).unwrap(), point, created, incremental);

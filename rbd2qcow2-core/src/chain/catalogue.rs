@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use super::announcement::Announcement;
 use super::error::ChainError;
 use super::manifest::{Manifest, ManifestError};
 use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
@@ -168,6 +169,15 @@ impl Catalogue {
     #[must_use]
     pub fn leftovers(&self) -> &[PathBuf] {
         &self.leftovers
+    }
+
+    /// The note of a run that was killed before the first point of its chain was committed, as it
+    /// stands there now. The snapshot it names may exist and belongs to no point.
+    ///
+    /// # Errors
+    /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
+    pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
+        Announcement::read(&self.directory, &self.image)
     }
 
     /// The newest name that is in use, also by damaged points: the next one must be newer.

@@ -7,7 +7,7 @@ use super::catalogue::Problem;
 use super::digests::DigestsError;
 use super::lock::Holder;
 use super::manifest::ManifestError;
-use super::names::{NameError, PointName};
+use super::names::{ImageName, NameError, PointName};
 use crate::qcow2::header::HeaderError;
 
 /// Why a chain could not be read or extended.
@@ -32,6 +32,19 @@ pub enum ChainError {
     NotADirectory {
         /// What should be a directory.
         path: PathBuf,
+    },
+    /// What was named as the destination is the directory of one image in it.
+    #[error(
+        "{} holds the points of image {:?}, and is no destination: that is {}",
+        path.display(), image.as_str(), dest.display()
+    )]
+    ImageDirectory {
+        /// What was named.
+        path: PathBuf,
+        /// The destination that it lies in.
+        dest: PathBuf,
+        /// The image.
+        image: ImageName,
     },
     /// Nothing can be created in the destination.
     #[error("the destination {} cannot be written to (mounted read-only, or owned by another user?)", path.display())]

@@ -9,6 +9,8 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -17,6 +19,11 @@ use super::error::ChainError;
 
 /// Name of the lock file.
 pub const LOCK_FILE: &str = ".lock";
+
+/// How often whoever wants to write tries again while somebody reads, and how long it waits before.
+/// Those who only [look](ChainLock::writer) at the lock hold it for a moment, as readers do.
+const TRIES: u32 = 5;
+const MOMENT: Duration = Duration::from_millis(10);
 
 /// Who keeps others out of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +59,7 @@ pub struct ChainLock {
 }
 
 impl ChainLock {
-    /// Locks the chain in `directory` for writing. Does not wait.
+    /// Locks the chain in `directory` for writing. Waits for a moment at most.
     ///
     /// # Errors
     /// [`ChainError::Locked`] when anybody else holds the lock, [`ChainError::Io`] also where the
@@ -60,12 +67,18 @@ impl ChainLock {
     pub fn exclusive(directory: &Path) -> Result<Self, ChainError> {
         let path = directory.join(LOCK_FILE);
         let mut file = open(&path, true)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => {
-                let holder = holder(&mut file);
+        let mut tries = TRIES;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(Errno::WOULDBLOCK) => {}
+                other => break other.map_err(ChainError::io("lock", &path))?,
+            }
+            let holder = holder(&mut file);
+            tries -= 1;
+            if tries == 0 || holder != Holder::Readers {
                 return Err(ChainError::Locked { path, holder });
             }
-            other => other.map_err(ChainError::io("lock", &path))?,
+            thread::sleep(MOMENT);
         }
         // Only for the message to others.
         if let Err(error) = write_pid(&mut file) {
@@ -103,6 +116,24 @@ impl ChainLock {
             }
         }
     }
+
+    /// The run that writes the chain in `directory` at this moment, if any. Changes nothing, keeps
+    /// nobody out and does not wait: it may be over when this returns.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`] when the lock file cannot be opened (it is its owner's alone), or the file
+    /// system has no locks.
+    pub fn writer(directory: &Path) -> Result<Option<Holder>, ChainError> {
+        let path = directory.join(LOCK_FILE);
+        let mut file = match open(&path, false) {
+            Err(ChainError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other?,
+        };
+        match look(&file) {
+            Err(Errno::WOULDBLOCK) => Ok(Some(Holder::Writer { pid: read_pid(&mut file) })),
+            other => other.map(|()| None).map_err(ChainError::io("look at the lock", &path)),
+        }
+    }
 }
 
 impl Drop for ChainLock {
@@ -130,11 +161,17 @@ fn is_read_only(error: &io::Error) -> bool {
 
 /// Finds out who holds the lock that was just refused.
 fn holder(file: &mut File) -> Holder {
-    // Readers let another reader in, a writer does not. The lock taken here ends with the file.
-    match rustix::fs::flock(&*file, FlockOperation::NonBlockingLockShared) {
+    match look(file) {
         Ok(()) => Holder::Readers,
         Err(_) => Holder::Writer { pid: read_pid(file) },
     }
+}
+
+/// Whether a reader would be let in, which only a writer hinders.
+fn look(file: &File) -> Result<(), Errno> {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockShared)?;
+    // Not left to closing, as when a lock is dropped.
+    rustix::fs::flock(file, FlockOperation::NonBlockingUnlock)
 }
 
 fn read_pid(file: &mut File) -> Option<u32> {
@@ -185,6 +222,35 @@ mod tests {
         assert_eq!(locked(ChainLock::exclusive(directory.path())), Holder::Readers);
         drop(two);
         _ = ChainLock::exclusive(directory.path()).expect("free again");
+    }
+
+    #[test]
+    fn who_looks_finds_a_writer_and_keeps_nobody_out() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(ChainLock::writer(directory.path()).expect("no file"), None);
+        assert!(!directory.path().join(LOCK_FILE).exists());
+        let reader = ChainLock::shared(directory.path()).expect("free");
+        assert_eq!(ChainLock::writer(directory.path()).expect("readable"), None);
+        drop(reader);
+        let writer = ChainLock::exclusive(directory.path()).expect("free");
+        let holder = Holder::Writer { pid: Some(std::process::id()) };
+        assert_eq!(ChainLock::writer(directory.path()).expect("readable"), Some(holder));
+        drop(writer);
+        assert_eq!(ChainLock::writer(directory.path()).expect("readable"), None);
+
+        let done = std::sync::atomic::AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    ChainLock::writer(directory.path()).expect("readable");
+                    // Others sleep longer than this, and so find the lock free in between.
+                    thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let locked = (0..50).try_for_each(|_| ChainLock::exclusive(directory.path()).map(drop));
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            locked.expect("whoever looks is no reader");
+        });
     }
 
     #[test]

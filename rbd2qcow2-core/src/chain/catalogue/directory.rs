@@ -24,7 +24,8 @@ pub struct Images {
 /// image and that holds a lock file or a file of that image. Reads the directories' names only.
 ///
 /// # Errors
-/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::Io`].
+/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::ImageDirectory`],
+/// [`ChainError::Io`].
 pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
     let mut found = Images::default();
     for (name, path) in entries(dest, || ChainError::DestinationMissing { path: dest.to_owned() })? {
@@ -34,8 +35,28 @@ pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
             _ => found.foreign.push(path),
         }
     }
+    if found.images.is_empty()
+        && let Some((above, image)) = image_of(dest)?
+    {
+        return Err(ChainError::ImageDirectory { path: dest.to_owned(), dest: above, image });
+    }
     found.images.sort();
     Ok(found)
+}
+
+/// The image whose directory this is, and the destination that it lies in.
+fn image_of(path: &Path) -> Result<Option<(PathBuf, ImageName)>, ChainError> {
+    // Whatever stands there: `.`, or a link to the directory.
+    let path = fs::canonicalize(path).map_err(ChainError::io("look at", path))?;
+    let name = path.file_name().and_then(|name| name.to_str());
+    let (Some(dest), Some(image)) = (path.parent(), name.and_then(|name| ImageName::decode(name).ok()))
+    else {
+        return Ok(None);
+    };
+    let names = entries(&path, || ChainError::DestinationMissing { path: path.clone() })?;
+    // A lock file alone says nothing: whoever keeps his runs apart may have made it in a destination.
+    let found = names.iter().any(|(name, _)| name.as_deref().is_some_and(|name| is_file_of(name, &image)));
+    Ok(found.then(|| (dest.to_owned(), image)))
 }
 
 fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError> {
@@ -49,9 +70,12 @@ fn is_image_directory(path: &Path, image: &ImageName) -> Result<bool, ChainError
         // One directory that cannot be listed must not hide the others: who reads it is told why.
         Err(_) => return Ok(true),
     };
-    let ours =
-        |name: &str| name == LOCK_FILE || PointFile::parse(name).is_some_and(|file| file.image == *image);
+    let ours = |name: &str| name == LOCK_FILE || is_file_of(name, image);
     Ok(names.iter().any(|(name, _)| name.as_deref().is_some_and(ours)))
+}
+
+fn is_file_of(name: &str, image: &ImageName) -> bool {
+    PointFile::parse(name).is_some_and(|file| file.image == *image)
 }
 
 /// The entries of a directory, sorted: their name where it is text, and their path.

@@ -2,8 +2,8 @@ use std::fs::File;
 use std::process::Command;
 
 use super::*;
-use crate::chain::ChainWriter;
 use crate::chain::tests::{back_up, create_layer, image, point, qemu_img_is_there};
+use crate::chain::{ChainWriter, SnapshotName};
 
 const POINTS: [&str; 3] = ["20261122T173312Z", "20261123T173307Z", "20261124T173307Z"];
 
@@ -225,6 +225,24 @@ fn what_is_no_file_is_told_and_not_followed() {
 }
 
 #[test]
+fn a_note_of_a_run_that_did_not_end_is_told() {
+    let Some(fixture) = Fixture::new() else { return };
+    assert!(fixture.read().announced().expect("readable").is_none());
+    let writer = ChainWriter::open(fixture.dest.path(), &image()).expect("opened");
+    let announcement = Announcement {
+        snapshot: SnapshotName { chain: ChainId::draw().expect("drawn"), point: point("20261125T173307Z") },
+        fsid: String::new(),
+        pool: "rbd".into(),
+        namespace: String::new(),
+    };
+    writer.announce(&announcement).expect("noted");
+    assert_eq!(fixture.read().announced().expect("readable"), Some(announcement));
+    fs::write(fixture.directory().join(".pending.json"), b"{}").expect("written");
+    let damaged = fixture.read().announced();
+    assert!(matches!(damaged, Err(ChainError::AnnouncementDamaged { .. })), "{damaged:?}");
+}
+
+#[test]
 fn foreign_files_are_noted() {
     let Some(fixture) = Fixture::new() else { return };
     let foreign = fixture.directory().join("qcow2_x8ad93");
@@ -289,6 +307,19 @@ fn images_are_told_from_other_directories() {
     assert_eq!(images, ["a/b", "python"]);
     let foreign: Vec<_> = found.foreign.iter().filter_map(|path| path.file_name()?.to_str()).collect();
     assert_eq!(foreign, ["%61", ".hidden", "file", "link", "lost+found", "other"]);
+    // The directory of an image is told from a destination without images.
+    let canonical = dest.path().canonicalize().expect("there");
+    for path in [dest.path().join("python"), dest.path().join("a%2Fb/../python/.")] {
+        match images_in(&path) {
+            Err(ChainError::ImageDirectory { dest, image, .. }) => {
+                assert_eq!((dest, image.as_str()), (canonical.clone(), "python"));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    for name in ["other", "a%2Fb"] {
+        assert_eq!(images_in(&dest.path().join(name)).expect("listed").foreign.len(), 1, "{name}");
+    }
     let missing = images_in(&dest.path().join("missing"));
     assert!(matches!(missing, Err(ChainError::DestinationMissing { .. })));
     let missing = Catalogue::read(&dest.path().join("missing"), &image());
