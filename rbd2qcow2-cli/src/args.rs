@@ -14,7 +14,7 @@ use rbd2qcow2_core::rbd::ClusterOptions;
 mod restore;
 mod values;
 
-pub use restore::RestoreArgs;
+pub use restore::{Destination, RestoreArgs};
 use values::PoolSpec;
 
 #[cfg(test)]
@@ -34,7 +34,7 @@ Examples:
   rbd2qcow2 backup rbd /backups              all images of the pool `rbd`
   rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
   rbd2qcow2 list /backups
-  rbd2qcow2 restore /backups vm-1 --to-file vm-1.raw
+  rbd2qcow2 restore /backups vm-1 --to-rbd rbd/vm-1-restored
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -101,7 +101,7 @@ pub enum Command {
     /// Check that backups hold what was backed up
     #[command(after_help = format!("{VERIFY_EXAMPLES}\n\n{EXIT_STATUS}"))]
     Verify(VerifyArgs),
-    /// Restore a point to a file
+    /// Restore a point to an RBD image or a file
     #[command(after_help = format!("{}\n\n{EXIT_STATUS}", restore::EXAMPLES))]
     Restore(RestoreArgs),
 }

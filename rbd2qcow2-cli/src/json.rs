@@ -95,11 +95,12 @@ pub struct RestoreLine<'a> {
     image: &'a str,
     /// The point.
     point: String,
-    /// The file that was made.
+    /// The file or the image, as the command line names it.
     target: String,
     /// Bytes of the image that were written.
     bytes_written: u64,
-    /// Bytes of the image that are zeroes and were left out: the rest.
+    /// Bytes of the image that are zeroes and were left out: the rest. In an RBD image that existed
+    /// those that had to be made zeroes.
     zero_bytes: u64,
     /// Time that it took.
     seconds: f64,
@@ -107,11 +108,11 @@ pub struct RestoreLine<'a> {
 
 impl<'a> RestoreLine<'a> {
     /// The line of a report.
-    pub fn new(report: &'a RestoreReport, target: &Path) -> Self {
+    pub fn new(report: &'a RestoreReport, target: String) -> Self {
         Self {
             image: report.image.as_str(),
             point: report.point.to_string(),
-            target: path(target),
+            target,
             bytes_written: report.bytes_written,
             zero_bytes: report.zero_bytes,
             seconds: report.time.as_secs_f64(),

@@ -50,7 +50,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::Backup(args) => backup::run(args, cli.cluster(), &cli.output, &console),
         Command::List(args) => list::run(args, &cli.output, &console),
         Command::Verify(args) => verify::run(args, &cli.output, &console),
-        Command::Restore(args) => restore::run(args, &cli.output, &console),
+        Command::Restore(args) => restore::run(args, cli.cluster(), &cli.output, &console),
     };
     match result {
         Ok(outcome) => outcome,

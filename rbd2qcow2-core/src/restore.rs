@@ -110,6 +110,8 @@ pub struct RestoreReport {
     /// Bytes of the image that are zeroes and were not written: the rest. In an RBD image that existed
     /// these are only the bytes that had to be made zeroes.
     pub zero_bytes: u64,
+    /// Bytes of the image that were there already; `None` where nothing was compared.
+    pub unchanged_bytes: Option<u64>,
     /// From the start until everything was on stable storage.
     pub time: Duration,
 }
@@ -235,6 +237,7 @@ impl Run<'_> {
             virtual_size: point.size(),
             bytes_written,
             zero_bytes: point.size() - bytes_written,
+            unchanged_bytes: None,
             time: self.start.elapsed(),
         }
     }

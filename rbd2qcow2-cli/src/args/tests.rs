@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use rbd2qcow2_core::rbd::Features;
+use rbd2qcow2_core::restore::image::Overrides;
 use rbd2qcow2_core::restore::{FileFormat, Qcow2Options};
 
 use super::values::{self, PointSpec, ValueError};
@@ -122,6 +124,25 @@ fn wrong_usage_is_refused() {
         "restore /d x --to-file - --format qcow2",
         "restore /d x --to-file - --json",
         "restore /d x y --to-file f",
+        "restore /d x --to-file f --to-rbd rbd/x",
+        "restore /d x --to-rbd x",
+        "restore /d x --to-rbd rbd/",
+        "restore /d x --to-rbd rbd/a/b/c",
+        "restore /d x --to-rbd rbd/x@snap",
+        "restore /d x --to-rbd rbd/x --format qcow2",
+        "restore /d x --to-rbd rbd/x --compression zstd",
+        "restore /d x --to-rbd rbd/x --object-size 3M",
+        "restore /d x --to-rbd rbd/x --object-size 2K",
+        "restore /d x --to-rbd rbd/x --stripe-unit 64K",
+        "restore /d x --to-rbd rbd/x --stripe-count 4",
+        "restore /d x --to-rbd rbd/x --image-feature speed",
+        "restore /d x --to-rbd rbd/x --image-feature migrating",
+        "restore /d x --to-rbd rbd/x --metadata key",
+        "restore /d x --to-rbd rbd/x --metadata =value",
+        "restore /d x --to-rbd rbd/x --size 0",
+        "restore /d x --to-file f --overwrite",
+        "restore /d x --to-file f --object-size 4M",
+        "restore /d x --to-file f --data-pool ec",
         "backup",
         "backup rbd",
         "backup / /d",
@@ -154,13 +175,17 @@ fn every_option_of_restore_arrives() {
         _ => panic!("not a restore: {line}"),
     };
     let args = restore_of("restore /b vm --to-file out");
-    assert_eq!(args.file(), Some(Path::new("out")));
+    assert!(matches!(args.destination(), Destination::File(path) if path == Path::new("out")));
     assert_eq!(args.format(), FileFormat::Raw);
     let restore = args.to_restore();
     assert_eq!((restore.image.as_str(), restore.point), ("vm", None));
     assert_eq!(restore.dest, PathBuf::from("/b"));
-    assert_eq!(restore_of("restore /b vm --to-file -").file(), None);
-    assert_eq!(restore_of("restore /b vm --to-file ./-").file(), Some(Path::new("./-")));
+    assert_eq!(restore.options.parallel, 16);
+    let args = restore_of("restore /b vm --to-file - -p 3");
+    assert!(matches!(args.destination(), Destination::Stdout));
+    assert_eq!(args.to_restore().options.parallel, 3);
+    let args = restore_of("restore /b vm --to-file ./-");
+    assert!(matches!(args.destination(), Destination::File(path) if path == Path::new("./-")));
     let usual = restore_of("restore /b vm --to-file o --format qcow2").format();
     assert_eq!(usual, FileFormat::Qcow2(Qcow2Options::default()));
     let args = restore_of(
@@ -174,6 +199,40 @@ fn every_option_of_restore_arrives() {
     };
     assert_eq!(args.format(), FileFormat::Qcow2(options));
     assert_eq!(args.to_restore().point.unwrap().to_string(), "20261122T173312Z");
+}
+
+#[test]
+fn every_option_of_restore_to_rbd_arrives() {
+    let target_of = |line: &str| match parse(line).unwrap().command {
+        Command::Restore(args) => match args.destination() {
+            Destination::Image(spec) => args.image(spec, ClusterOptions::default()),
+            other => panic!("restores to {other:?}"),
+        },
+        _ => panic!("not a restore: {line}"),
+    };
+    let usual = target_of("restore /b vm --to-rbd rbd/new");
+    assert_eq!(usual.to_string(), "rbd/new");
+    assert_eq!((usual.overwrite, usual.patience), (false, Duration::from_secs(300)));
+    assert_eq!(usual.overrides, Overrides::default());
+    let all = target_of(
+        "restore /b vm --to-rbd rbd/ns/new --overwrite --size 10G --object-size 8M --stripe-unit 64K \
+         --stripe-count 4 --image-feature layering,exclusive-lock --image-feature object-map --data-pool ec \
+         --no-metadata --metadata a=1 --metadata b=x=y --timeout 7",
+    );
+    assert_eq!((all.pool.as_str(), all.namespace.as_str(), all.image.as_str()), ("rbd", "ns", "new"));
+    assert_eq!((all.overwrite, all.patience), (true, Duration::from_secs(7)));
+    let pair = |key: &str, value: &str| (key.as_bytes().to_vec(), value.as_bytes().to_vec());
+    let overrides = Overrides {
+        size: Some(10 << 30),
+        object_size: Some(8 << 20),
+        stripe_unit: Some(64 << 10),
+        stripe_count: Some(4),
+        features: Some(Features(0b1101)),
+        data_pool: Some("ec".into()),
+        no_metadata: true,
+        metadata: [pair("a", "1"), pair("b", "x=y")].into(),
+    };
+    assert_eq!(all.overrides, overrides);
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! Values of options: from text to what they mean.
 
+use std::fmt;
 use std::str::FromStr;
 
 use rbd2qcow2_core::chain::PointName;
 use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::rbd::Features;
 
 /// Why a value is refused. Clap shows it behind the option and the value.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -14,6 +16,9 @@ pub enum ValueError {
     /// A pool that is neither `POOL` nor `POOL/NAMESPACE`.
     #[error("must be POOL or POOL/NAMESPACE")]
     Pool,
+    /// An image that is neither `POOL/IMAGE` nor `POOL/NAMESPACE/IMAGE`, or a snapshot.
+    #[error("must be POOL/IMAGE or POOL/NAMESPACE/IMAGE")]
+    Image,
     /// A client's name without its type.
     #[error("must be TYPE.ID, `client.admin` for instance; for `--name client.ID` say `--id ID`")]
     Entity,
@@ -29,6 +34,15 @@ pub enum ValueError {
     /// Not a cluster size that qcow2 has.
     #[error("must be a power of two from 512 to 2M")]
     ClusterSize,
+    /// Not an object size that RBD has.
+    #[error("must be a power of two from 4K to 32M")]
+    ObjectSize,
+    /// Not a feature that an image can be created with.
+    #[error("is no feature of RBD images that can be chosen")]
+    Feature,
+    /// No key with a value.
+    #[error("must be KEY=VALUE")]
+    KeyValue,
     /// No share of anything.
     #[error("must be a number above 0, at most 100")]
     Percent,
@@ -65,6 +79,39 @@ impl FromStr for PoolSpec {
             return Err(ValueError::Pool);
         }
         Ok(Self { pool: pool.to_owned(), namespace: namespace.to_owned() })
+    }
+}
+
+/// `POOL[/NAMESPACE]/IMAGE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageSpec {
+    /// Where the image is.
+    pub pool: PoolSpec,
+    /// Its name, not empty.
+    pub image: String,
+}
+
+impl FromStr for ImageSpec {
+    type Err = ValueError;
+
+    fn from_str(text: &str) -> Result<Self, ValueError> {
+        let (pool, image) = text.rsplit_once('/').ok_or(ValueError::Image)?;
+        if image.is_empty() || image.contains('@') {
+            return Err(ValueError::Image);
+        }
+        let pool = pool.parse().map_err(|_| ValueError::Image)?;
+        Ok(Self { pool, image: image.to_owned() })
+    }
+}
+
+impl fmt::Display for ImageSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pool: PoolSpec { pool, namespace }, image } = self;
+        if namespace.is_empty() {
+            write!(f, "{pool}/{image}")
+        } else {
+            write!(f, "{pool}/{namespace}/{image}")
+        }
     }
 }
 
@@ -139,6 +186,29 @@ pub fn cluster_size(text: &str) -> Result<u32, ValueError> {
     match u32::try_from(bytes(text)?) {
         Ok(size) if size.is_power_of_two() && (512..=2 << 20).contains(&size) => Ok(size),
         _ => Err(ValueError::ClusterSize),
+    }
+}
+
+/// An object size that RBD has.
+pub fn object_size(text: &str) -> Result<u64, ValueError> {
+    match bytes(text)? {
+        size if size.is_power_of_two() && (4 << 10..=32 << 20).contains(&size) => Ok(size),
+        _ => Err(ValueError::ObjectSize),
+    }
+}
+
+/// A feature that an image can be created with.
+pub fn feature(text: &str) -> Result<Features, ValueError> {
+    // The pool of the data says it all.
+    let choosable = Features::SETTABLE.without(Features::DATA_POOL);
+    Features::named(text).filter(|feature| choosable.has(*feature)).ok_or(ValueError::Feature)
+}
+
+/// A key, not empty, and its value.
+pub fn key_value(text: &str) -> Result<(String, String), ValueError> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(ValueError::KeyValue),
     }
 }
 

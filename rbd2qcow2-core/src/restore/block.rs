@@ -78,7 +78,9 @@ impl Run<'_> {
         };
         let emptied = change.empty(contents)?;
         let (written, zeroed) = change.mend(contents)?;
-        Ok(RestoreReport { zero_bytes: emptied + zeroed, ..self.report(point, written) })
+        let zero_bytes = emptied + zeroed;
+        let unchanged = target.size.saturating_sub(written + zero_bytes);
+        Ok(RestoreReport { zero_bytes, unchanged_bytes: Some(unchanged), ..self.report(point, written) })
     }
 }
 
