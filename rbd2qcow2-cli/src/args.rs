@@ -65,10 +65,14 @@ Examples:
   rbd2qcow2 verify /backups                             all points of all images
   rbd2qcow2 verify /backups vm-1 db@20261122T173312Z    an image, and a single point
   rbd2qcow2 verify /backups --sample 5                  a daily look: 5 % of the data, others each time
+  rbd2qcow2 verify /backups --source                    the newest points against their snapshots, too
 
 Looks at the files' links, the structure of each qcow2 file, and all data against their BLAKE3
 digests. A damaged range is traced to each point that shows it. Points of the Python rbd2qcow2 have
 no digests: of them only the structure is known, and they are `unverifiable`. Needs no cluster.
+
+With --source points are also compared with the RBD snapshots that they were taken from, bit for bit:
+the proof that the backups lack nothing. Usually only the newest point of an image still has one.
 The exit status is 1 when anything is damaged.";
 
 /// Back up Ceph RBD images into chains of qcow2 files.
@@ -268,6 +272,16 @@ pub struct VerifyArgs {
     /// structure are always looked at in full
     #[arg(long, value_name = "PERCENT", value_parser = values::percent)]
     pub sample: Option<f64>,
+    /// Compare points with the RBD snapshots that they were taken from, bit for bit, where those are
+    /// still there
+    #[arg(long)]
+    pub source: bool,
+    /// Reads from the cluster in flight
+    #[arg(short, long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub parallel: u16,
+    /// Give up when the cluster leaves a request unanswered for so long
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub timeout: u64,
 }
 
 impl Cli {

@@ -49,7 +49,7 @@ fn run(cli: &Cli) -> Outcome {
     let result = match &cli.command {
         Command::Backup(args) => backup::run(args, cli.cluster(), &cli.output, &console),
         Command::List(args) => list::run(args, &cli.output, &console),
-        Command::Verify(args) => verify::run(args, &cli.output, &console),
+        Command::Verify(args) => verify::run(args, &cli.cluster(), &cli.output, &console),
         Command::Restore(args) => restore::run(args, cli.cluster(), &cli.output, &console),
     };
     match result {

@@ -5,6 +5,7 @@ use std::io;
 use rbd2qcow2_core::chain::ChainError;
 use rbd2qcow2_core::point::PointError;
 use rbd2qcow2_core::pool::PoolError;
+use rbd2qcow2_core::rbd::RbdError;
 use rbd2qcow2_core::restore::RestoreError;
 
 /// How a command that could begin has ended.
@@ -54,6 +55,9 @@ pub enum CommandError {
     /// A point could not be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// The cluster cannot be reached.
+    #[error(transparent)]
+    Cluster(RbdError),
     /// A point cannot be read.
     #[error(transparent)]
     Point(#[from] PointError),

@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::names::NameError;
 use rbd2qcow2_core::chain::{self, ImageName, PointName};
 use rbd2qcow2_core::error::Causes;
+use rbd2qcow2_core::rbd::{ClusterOptions, Patience, RbdError};
 use rbd2qcow2_core::verify::{
-    PointReport, Sample, VerifyError, VerifyImage, VerifyOptions, VerifyProgress, VerifyStatus,
+    ClusterSnapshots, PointReport, Sample, Snapshots, SourceStatus, VerifyError, VerifyImage, VerifyOptions,
+    VerifyProgress, VerifyStatus,
 };
 use serde::Serialize;
 
@@ -63,19 +65,31 @@ struct Line<'a> {
     status: &'static str,
     checked_bytes: u64,
     errors: Vec<String>,
+    /// Only with `--source`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<&'a str>,
 }
 
 /// Verifies points until all are done or a signal comes.
 ///
 /// # Errors
 /// The directory could not be read, or standard output failed; damage is no error here.
-pub fn run(args: &VerifyArgs, output: &OutputArgs, console: &Console) -> Result<Outcome, CommandError> {
+pub fn run(
+    args: &VerifyArgs,
+    cluster: &ClusterOptions,
+    output: &OutputArgs,
+    console: &Console,
+) -> Result<Outcome, CommandError> {
     let cancel = signals::stop().map_err(CommandError::Signals)?;
     let there = chain::images_in(&args.dest).map_err(CommandError::Destination)?.images;
     let (wanted, mut failures) = select(args, &there);
+    let snapshots = match connect(args, cluster, &cancel) {
+        Err(RbdError::Cancelled) => return Ok(Outcome::Interrupted),
+        snapshots => snapshots.map_err(CommandError::Cluster)?,
+    };
     let mut outcome = Outcome::Done;
     for (image, points) in &wanted {
-        let reports = match verify(args, image, points, &cancel) {
+        let reports = match verify(args, image, points, snapshots.as_ref(), &cancel) {
             Ok(reports) => reports,
             Err(VerifyError::Cancelled) => {
                 console.line("interrupted; what was not reported was not looked at");
@@ -155,16 +169,36 @@ fn verify(
     args: &VerifyArgs,
     image: &ImageName,
     points: &BTreeSet<PointName>,
+    snapshots: Option<&ClusterSnapshots>,
     cancel: &Cancel,
 ) -> Result<Vec<PointReport>, VerifyError> {
     let mut options = VerifyOptions::default();
     // Other data every time, so that a sample a day sees all of them in the end.
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| u64::from(now.subsec_nanos()));
+    options.source_reads = args.parallel.into();
     options.sample = args.sample.map(|percent| Sample { percent, seed });
     let points: Vec<_> = points.iter().copied().collect();
     let progress = VerifyProgress::default();
-    VerifyImage { dest: &args.dest, image, points: &points, options: &options, progress: &progress, cancel }
-        .run()
+    let verify = VerifyImage {
+        dest: &args.dest,
+        image,
+        points: &points,
+        options: &options,
+        snapshots: snapshots.map(|snapshots| snapshots as &dyn Snapshots),
+        progress: &progress,
+        cancel,
+    };
+    verify.run()
+}
+
+/// The cluster, where points are compared with their snapshots.
+fn connect(
+    args: &VerifyArgs,
+    cluster: &ClusterOptions,
+    cancel: &Cancel,
+) -> Result<Option<ClusterSnapshots>, RbdError> {
+    let patience = Patience { limit: Duration::from_secs(args.timeout), cancel: cancel.clone() };
+    args.source.then(|| ClusterSnapshots::connect(cluster, patience)).transpose()
 }
 
 /// Tells about a point on standard output.
@@ -177,7 +211,12 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
     let status = report.status.as_str();
     if output.json {
         let (image, point) = (image.as_str(), report.point.to_string());
-        let line = Line { image, point, status, checked_bytes: report.checked_bytes, errors };
+        let source = report.source.as_ref().map(|source| match source {
+            SourceStatus::Same => "same",
+            SourceStatus::Different => "different",
+            SourceStatus::NotCompared(_) => "not compared",
+        });
+        let line = Line { image, point, status, checked_bytes: report.checked_bytes, errors, source };
         return JsonLines::new(stdout).write(&line);
     }
     if output.quiet && report.status == VerifyStatus::Ok {
@@ -190,9 +229,15 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
         }
         VerifyStatus::Ok | VerifyStatus::Damaged => "",
     };
+    let source = match &report.source {
+        None => String::new(),
+        Some(SourceStatus::Same) => ", the same as its snapshot".to_owned(),
+        Some(SourceStatus::Different) => ", different from its snapshot".to_owned(),
+        Some(SourceStatus::NotCompared(why)) => format!(", not compared with its snapshot ({why})"),
+    };
     writeln!(
         stdout,
-        "{}@{}: {status}, {checked} of data checked{reason}",
+        "{}@{}: {status}, {checked} of data checked{source}{reason}",
         human::name(image.as_str()),
         report.point
     )?;

@@ -1,4 +1,4 @@
-//! Whether points hold what was backed up, by the directory alone.
+//! Whether points hold what was backed up, by the directory alone; or by their snapshots, too.
 //!
 //! Of each layer three things are looked at: what the catalogue has to say of its files (the *links*
 //! between manifest, header and parent), its tables and refcounts (the *structure*), and every piece of
@@ -15,15 +15,24 @@ use crate::chain::lock::ChainLock;
 use crate::chain::names::{FileKind, PointFile};
 use crate::chain::{Catalogue, ChainError, ImageName, PointName, Problem, image_directory};
 use crate::progress::Counter;
+use crate::source::BoxError;
 
 mod affected;
 mod coverage;
+mod damage;
 mod finding;
 mod layer;
+#[cfg(feature = "rbd")]
+mod snapshots;
+mod source;
 
 use affected::affected;
 pub use finding::Finding;
 use layer::Verdict;
+#[cfg(feature = "rbd")]
+pub use snapshots::ClusterSnapshots;
+use source::SourceVerdict;
+pub use source::{Found, Snapshots, SourceStatus};
 
 #[cfg(test)]
 mod tests;
@@ -48,12 +57,14 @@ pub struct VerifyOptions {
     pub sample: Option<Sample>,
     /// Threads that read and hash, at least 1.
     pub parallel: usize,
+    /// Reads in flight where points are compared with their snapshots, at least 1.
+    pub source_reads: usize,
 }
 
 impl Default for VerifyOptions {
     fn default() -> Self {
         let parallel = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { sample: None, parallel }
+        Self { sample: None, parallel, source_reads: 16 }
     }
 }
 
@@ -95,6 +106,8 @@ pub struct PointReport {
     pub findings: Vec<Finding>,
     /// How many more findings there are.
     pub more: u64,
+    /// How it compares with the snapshot that it was taken from; `None` where that was not asked.
+    pub source: Option<SourceStatus>,
 }
 
 /// Why an image could not be looked at.
@@ -107,6 +120,15 @@ pub enum VerifyError {
     /// There is no such point.
     #[error(transparent)]
     NoSuchPoint(Problem),
+    /// A point could not be compared with its snapshot.
+    #[error("cannot compare with snapshot {snapshot}")]
+    Source {
+        /// The snapshot's name.
+        snapshot: String,
+        /// Why.
+        #[source]
+        cause: BoxError,
+    },
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -125,7 +147,7 @@ pub struct VerifyProgress {
 }
 
 /// Points of one image to be verified.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct VerifyImage<'a> {
     /// The directory that holds a directory for each image.
     pub dest: &'a Path,
@@ -135,6 +157,8 @@ pub struct VerifyImage<'a> {
     pub points: &'a [PointName],
     /// How.
     pub options: &'a VerifyOptions,
+    /// Where the snapshots are that the points are compared with, bit for bit; `None` for not at all.
+    pub snapshots: Option<&'a dyn Snapshots>,
     /// Is counted up.
     pub progress: &'a VerifyProgress,
     /// Asks for a stop.
@@ -163,15 +187,33 @@ impl VerifyImage<'_> {
             let verdict = layer::verify(point, &digests_path(&directory, self.image, point.name), self)?;
             verdicts.insert(point.name, verdict);
         }
-        let inherited = affected(&catalogue, &needed, &verdicts);
+        let mut sources = self.compare_with_snapshots(&catalogue, &wanted)?;
+        let mut damage = BTreeMap::new();
+        for (name, verdict) in &mut verdicts {
+            let mut ranges = std::mem::take(&mut verdict.damage);
+            ranges.extend(sources.get(name).into_iter().flat_map(|source| source.ranges.iter().cloned()));
+            damage.insert(*name, ranges.into_ranges());
+        }
+        let inherited = affected(&catalogue, &needed, damage);
         let verifiable: BTreeSet<_> =
             verdicts.iter().filter(|(_, verdict)| verdict.verifiable).map(|(name, _)| *name).collect();
         let report = |name| {
             let inherited = inherited.get(&name).map_or(&[][..], Vec::as_slice);
             let all = with_ancestors(&catalogue, &[name]).is_subset(&verifiable);
-            report(&catalogue, name, verdicts.remove(&name).unwrap_or_default(), inherited, all)
+            let verdict = verdicts.remove(&name).unwrap_or_default();
+            report(&catalogue, name, verdict, sources.remove(&name), inherited, all)
         };
         Ok(wanted.into_iter().map(report).collect())
+    }
+
+    fn compare_with_snapshots(
+        &self,
+        catalogue: &Catalogue,
+        wanted: &[PointName],
+    ) -> Result<BTreeMap<PointName, SourceVerdict>, VerifyError> {
+        let Some(snapshots) = self.snapshots else { return Ok(BTreeMap::new()) };
+        let compare = |name: &PointName| Ok((*name, source::compare(snapshots, catalogue, *name, self)?));
+        wanted.iter().map(compare).collect()
     }
 
     fn wanted(&self, catalogue: &Catalogue) -> Result<Vec<PointName>, VerifyError> {
@@ -210,6 +252,7 @@ fn report(
     catalogue: &Catalogue,
     point: PointName,
     verdict: Verdict,
+    source: Option<SourceVerdict>,
     inherited: &[Finding],
     verifiable: bool,
 ) -> PointReport {
@@ -218,15 +261,21 @@ fn report(
         findings.push(problem.into());
     }
     findings.extend(verdict.findings);
+    let mut more = verdict.more;
+    let source = source.map(|source| {
+        findings.extend(source.findings);
+        more += source.more;
+        source.status
+    });
     findings.extend_from_slice(inherited);
     let status = match (findings.is_empty(), verifiable) {
         (false, _) => VerifyStatus::Damaged,
         (true, true) => VerifyStatus::Ok,
         (true, false) => VerifyStatus::Unverifiable,
     };
-    let more = verdict.more + findings.len().saturating_sub(FINDINGS_KEPT) as u64;
+    more += findings.len().saturating_sub(FINDINGS_KEPT) as u64;
     findings.truncate(FINDINGS_KEPT);
-    PointReport { point, status, checked_bytes: verdict.checked, findings, more }
+    PointReport { point, status, checked_bytes: verdict.checked, findings, more, source }
 }
 
 /// What the catalogue has found wrong with the files of a point.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use super::{FINDINGS_KEPT, Finding, Verdict};
+use super::{FINDINGS_KEPT, Finding};
 use crate::chain::{Catalogue, Point, PointName};
 use crate::qcow2::layer::{LayerReader, Piece};
 
@@ -12,11 +12,11 @@ use crate::qcow2::layer::{LayerReader, Piece};
 pub(super) fn affected(
     catalogue: &Catalogue,
     points: &BTreeSet<PointName>,
-    verdicts: &BTreeMap<PointName, Verdict>,
+    damage: BTreeMap<PointName, Vec<Range<u64>>>,
 ) -> BTreeMap<PointName, Vec<Finding>> {
     let mut findings: BTreeMap<PointName, Vec<Finding>> = BTreeMap::new();
-    for (&from, verdict) in verdicts.iter().filter(|(_, verdict)| !verdict.damaged.is_empty()) {
-        let mut shown = vec![(from, verdict.damaged.clone())];
+    for (from, ranges) in damage.into_iter().filter(|(_, ranges)| !ranges.is_empty()) {
+        let mut shown = vec![(from, ranges)];
         while let Some((below, ranges)) = shown.pop() {
             let children = catalogue.points().iter().filter(|child| child.parent == Some(below));
             for child in children.filter(|child| points.contains(&child.name)) {

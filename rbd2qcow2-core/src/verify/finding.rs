@@ -67,6 +67,14 @@ pub enum Finding {
         /// Where it holds something.
         range: Range<u64>,
     },
+    /// The point is not what its snapshot is.
+    #[error("bytes {}..{} of the image differ from its snapshot {snapshot}", range.start, range.end)]
+    Source {
+        /// The snapshot's name.
+        snapshot: String,
+        /// Where they differ.
+        range: Range<u64>,
+    },
     /// What a layer below holds is damaged, and shows through.
     #[error("bytes {}..{} of the image come from point {from}, whose layer is damaged there", range.start, range.end)]
     Inherited {

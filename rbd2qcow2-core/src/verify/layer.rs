@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crossbeam::channel::{self, Receiver, SendTimeoutError, Sender};
 
 use super::coverage::{Coverage, Difference};
+use super::damage::Damage;
 use super::{FINDINGS_KEPT, Finding, Sample, VerifyError, VerifyImage};
 use crate::cancel::Cancel;
 use crate::chain::Point;
@@ -15,9 +16,6 @@ use crate::qcow2::check::{CheckError, check};
 use crate::qcow2::error::ReadError;
 use crate::qcow2::layer::LayerReader;
 
-/// Damaged ranges that are kept apart. What comes behind them is taken for one.
-const RANGES_KEPT: usize = 10_000;
-
 /// What was found out about a layer.
 #[derive(Debug, Default)]
 pub(super) struct Verdict {
@@ -25,8 +23,8 @@ pub(super) struct Verdict {
     pub(super) findings: Vec<Finding>,
     /// How many more findings there are.
     pub(super) more: u64,
-    /// Where its content is not what was backed up: ascending, disjoint.
-    pub(super) damaged: Vec<Range<u64>>,
+    /// Where its content is not what was backed up.
+    pub(super) damage: Damage,
     /// Bytes of data that were held against their digests.
     pub(super) checked: u64,
     /// Whether there were digests to hold the content against.
@@ -34,32 +32,8 @@ pub(super) struct Verdict {
 }
 
 impl Verdict {
-    fn find(&mut self, finding: Finding) {
+    pub(super) fn find(&mut self, finding: Finding) {
         if self.findings.len() < FINDINGS_KEPT { self.findings.push(finding) } else { self.more += 1 }
-    }
-
-    fn damage(&mut self, range: Range<u64>) {
-        match self.damaged.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => self.damaged.push(range),
-        }
-        if self.damaged.len() > 2 * RANGES_KEPT {
-            self.settle();
-        }
-    }
-
-    /// Sorts and joins the damaged ranges, which threads found in any order.
-    fn settle(&mut self) {
-        self.damaged.sort_unstable_by_key(|range| range.start);
-        let mut joined: Vec<Range<u64>> = Vec::new();
-        for range in self.damaged.drain(..) {
-            let full = joined.len() > RANGES_KEPT;
-            match joined.last_mut() {
-                Some(last) if last.end >= range.start || full => last.end = last.end.max(range.end),
-                _ => joined.push(range),
-            }
-        }
-        self.damaged = joined;
     }
 }
 
@@ -73,7 +47,7 @@ pub(super) fn verify(point: &Point, digests: &Path, run: &VerifyImage<'_>) -> Re
             // The catalogue says so, too, and of all points above.
             if point.header.as_ref().is_some_and(|header| header.check_restore_point().is_ok()) {
                 let range = 0..point.virtual_size().unwrap_or(0);
-                verdict.damage(range.clone());
+                verdict.damage.add(range.clone());
                 verdict.find(Finding::Read { range, cause: Arc::new(cause) });
             }
             return Ok(verdict);
@@ -95,7 +69,6 @@ pub(super) fn verify(point: &Point, digests: &Path, run: &VerifyImage<'_>) -> Re
             verdict = ContentCheck { layer: &layer, run, verdict: Mutex::new(verdict) }.check(digests)?;
         }
     }
-    verdict.settle();
     Ok(verdict)
 }
 
@@ -171,7 +144,7 @@ fn check_coverage(
         pass(layer, at..fault.start, &mut coverage, &mut at, cancel, &mut tell)?;
         at = fault.end;
         coverage.skip(at);
-        verdict.damage(fault.clone());
+        verdict.damage.add(fault.clone());
         verdict.find(Finding::Read { range: fault, cause: Arc::new(cause) });
     }
     coverage.finish(size, &mut |difference, range| tell(verdict, path, difference, range));
@@ -220,7 +193,7 @@ fn faulty(cause: &ReadError, layer: &LayerReader, at: u64) -> Range<u64> {
 }
 
 fn tell(verdict: &mut Verdict, path: &Path, difference: Difference, range: Range<u64>) {
-    verdict.damage(range.clone());
+    verdict.damage.add(range.clone());
     let path = path.to_owned();
     verdict.find(match difference {
         Difference::Missing => Finding::Missing { path, range },
@@ -322,7 +295,7 @@ impl ContentCheck<'_> {
         let mut verdict = self.lock();
         verdict.checked += record.length;
         if let Some(finding) = finding {
-            verdict.damage(range);
+            verdict.damage.add(range);
             verdict.find(finding);
         }
     }

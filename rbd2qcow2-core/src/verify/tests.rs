@@ -14,6 +14,8 @@ use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
 use crate::source::memory::MemorySource;
 
+mod source;
+
 const POINTS: [&str; 4] = ["20261122T173312Z", "20261123T173307Z", "20261124T173307Z", "20261125T173307Z"];
 
 /// A chain of four points, and what each of them holds.
@@ -106,12 +108,22 @@ impl Store {
         points: &[PointName],
         options: &VerifyOptions,
     ) -> Result<Vec<PointReport>, VerifyError> {
+        self.verify_against(points, options, None)
+    }
+
+    fn verify_against(
+        &self,
+        points: &[PointName],
+        options: &VerifyOptions,
+        snapshots: Option<&dyn Snapshots>,
+    ) -> Result<Vec<PointReport>, VerifyError> {
         let (progress, cancel) = (VerifyProgress::default(), Cancel::new());
         let reports = VerifyImage {
             dest: self.dest.path(),
             image: &self.image,
             points,
             options,
+            snapshots,
             progress: &progress,
             cancel: &cancel,
         }
@@ -339,7 +351,14 @@ fn a_chain_that_is_being_written_is_left_alone_and_a_stop_is_heeded() {
     cancel.set();
     let (progress, options) = (VerifyProgress::default(), VerifyOptions::default());
     let (dest, image) = (store.dest.path(), &store.image);
-    let run =
-        VerifyImage { dest, image, points: &[], options: &options, progress: &progress, cancel: &cancel };
+    let run = VerifyImage {
+        dest,
+        image,
+        points: &[],
+        options: &options,
+        snapshots: None,
+        progress: &progress,
+        cancel: &cancel,
+    };
     assert!(matches!(run.run(), Err(VerifyError::Cancelled)));
 }
