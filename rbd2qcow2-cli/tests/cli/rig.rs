@@ -374,7 +374,8 @@ impl Running {
             if Instant::now() >= deadline {
                 let threads = threads_of(self.child.0.id());
                 self.signal(Signal::KILL);
-                panic!("the program hangs; it said {:?}; its threads: {threads}", self.stderr.so_far());
+                let (printed, said) = (self.stdout.so_far(), self.stderr.so_far());
+                panic!("the program hangs; it printed {printed:?} and said {said:?}; its threads: {threads}");
             }
             std::thread::sleep(Duration::from_millis(2));
         };
