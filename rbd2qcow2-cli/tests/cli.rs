@@ -6,6 +6,8 @@
 
 #[path = "cli/backup.rs"]
 mod backup;
+#[path = "cli/bad_day.rs"]
+mod bad_day;
 #[path = "cli/boot.rs"]
 mod boot;
 // What the tests of the library have, they share with these.

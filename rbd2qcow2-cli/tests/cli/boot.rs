@@ -22,16 +22,16 @@ const DAYS: [&[&str]; 4] = [
 ];
 
 /// A machine in the cluster, and what its journal held at each point.
-struct Life {
-    rig: Rig,
-    vm: Vm,
-    image: Spec,
-    journals: Vec<Vec<String>>,
+pub struct Life {
+    pub rig: Rig,
+    pub vm: Vm,
+    pub image: Spec,
+    pub journals: Vec<Vec<String>>,
 }
 
 impl Life {
     /// A new machine, never backed up.
-    fn begin(cluster: &TestCluster, vm: Vm) -> Self {
+    pub fn begin(cluster: &TestCluster, vm: Vm) -> Self {
         let (rig, image) = (Rig::new(cluster), unique_image("machine"));
         let mut rbd = Command::new("rbd");
         rbd.arg("-c").arg(&rig.conf).args(["import", "--no-progress"]).arg(vm.disk());
@@ -42,32 +42,40 @@ impl Life {
     }
 
     /// The machine runs in the cluster, and is backed up.
-    fn live(&mut self, options: &[&str]) {
+    pub fn live(&mut self, options: &[&str]) {
         let boot = self.vm.boot(&vm::image(&self.rig.conf, &self.image), &[]);
-        let before = self.journals.last().cloned().unwrap_or_else(|| vec![NEW.to_owned()]);
-        assert_eq!(boot.journal, before);
-        self.journals.push([before, Vec::from_iter(boot.written)].concat());
-        assert_eq!(self.journals.last().expect("just pushed").len(), self.journals.len() + 1);
+        let mut journal = self.journals.last().cloned().unwrap_or_else(|| vec![NEW.to_owned()]);
+        assert_eq!(boot.journal, journal);
+        journal.push(boot.written.expect("images can be written"));
+        self.journals.push(journal);
+        self.rig.back_up(&self.image, options);
+    }
+
+    /// As `live`, and the point is compared with what the machine has left.
+    fn live_and_compare(&mut self, options: &[&str]) {
+        self.live(options);
         let truth = self.rig.truth(&self.image, self.journals.len());
         self.rig.driver.close(&self.image).expect("closed");
         vm::assert_clean(&truth);
-        self.rig.back_up(&self.image, options);
         assert_point(self.rig.layers(&self.image).last().expect("a point"), &truth);
+    }
+
+    /// The image is larger the next time.
+    pub fn resize(&self, size: u64) {
+        self.rig.driver.resize(&self.image, size).expect("grown");
+        self.rig.driver.close(&self.image).expect("closed");
     }
 
     fn restore(&self, point: &str, to: &Path, options: &[&str]) {
         let mut command = program::command();
         command.arg("restore").arg(self.rig.dest()).arg(format!("{}@{point}", self.image.image));
-        let run = Running::start({
-            command.arg("--to-file").arg(to).args(options);
-            command
-        })
-        .wait();
+        command.arg("--to-file").arg(to).args(options);
+        let run = Running::start(command).wait();
         assert_eq!(run.status, Some(0), "{run:?}");
     }
 
     /// All files of the chain, and what is in them.
-    fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let read = |layer: PathBuf| (layer.clone(), fs::read(layer).expect("a layer"));
         self.rig.layers(&self.image).into_iter().map(read).collect()
     }
@@ -87,11 +95,8 @@ fn a_machine_boots_from_every_point() {
     let Some(vm) = Vm::find(TEST) else { return };
     let mut life = Life::begin(&cluster, vm);
     for (number, options) in DAYS.iter().enumerate() {
-        life.live(options);
-        // The next points are larger.
-        let size = life.rig.driver.info(&life.image, None).expect("an image").size;
-        life.rig.driver.resize(&life.image, size + number as u64 * MIB).expect("grown");
-        life.rig.driver.close(&life.image).expect("closed");
+        life.live_and_compare(options);
+        life.resize((100 + number as u64) * MIB);
     }
     let before = life.files();
     assert_eq!(before.len(), DAYS.len());

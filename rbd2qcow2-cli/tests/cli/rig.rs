@@ -364,9 +364,18 @@ impl Running {
         (run, start.elapsed())
     }
 
+    /// Waits for its end, for longer than for others.
+    pub fn wait_within(self, limit: Duration) -> program::Run {
+        self.wait_status_within(limit).1
+    }
+
+    pub fn wait_status(self) -> (ExitStatus, program::Run) {
+        self.wait_status_within(HANG)
+    }
+
     /// Waits for its end; where that does not come, says where each thread of it is.
-    pub fn wait_status(mut self) -> (ExitStatus, program::Run) {
-        let deadline = Instant::now() + HANG;
+    fn wait_status_within(mut self, limit: Duration) -> (ExitStatus, program::Run) {
+        let deadline = Instant::now() + limit;
         let status = loop {
             if let Some(status) = self.child.0.try_wait().expect("our child") {
                 break status;

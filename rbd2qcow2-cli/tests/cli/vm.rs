@@ -3,16 +3,23 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use crate::cluster::skip;
 use crate::driver::Spec;
 use crate::rig::Running;
 
 /// Where on its disk the journal's file system begins, in bytes.
-pub const EXT4_OFFSET: u64 = 32 << 20;
+pub const EXT4_OFFSET: u64 = 1 << 20;
 
 /// What the journal holds before the machine boots for the first time.
 pub const NEW: &str = "a new machine";
+
+/// `/etc/fstab` on its disk.
+pub const FSTAB: &str = "/dev/vda1 / ext4 defaults 0 1\n";
+
+/// The longest that a boot may take. It takes 2 s where nothing else runs.
+pub const LIMIT: Duration = Duration::from_secs(180);
 
 /// Memory of the machine, in MiB.
 const MEMORY: &str = "256";
@@ -48,7 +55,7 @@ impl Vm {
         self.0.join("disk.raw")
     }
 
-    /// Where the emulator is.
+    /// Where the emulator is, and a `qemu-img` that reaches the cluster.
     pub fn programs(&self) -> PathBuf {
         self.0.join("bin")
     }
@@ -62,18 +69,22 @@ impl Vm {
         // Software alone: where KVM is offered inside a virtual machine, it may hang.
         command.args(["-accel", "tcg", "-m", MEMORY, "-nographic", "-no-reboot", "-nic", "none"]);
         command.args(options).arg("-drive").arg(format!("{drive},if=virtio"));
-        let run = Running::start(command).wait();
+        let run = Running::start(command).wait_within(LIMIT);
         assert_eq!(run.status, Some(0), "{drive}: {run:?}");
-        Boot::read(&run.stdout).unwrap_or_else(|| panic!("{drive} does not boot: {run:?}"))
+        Boot::all(&run.stdout).pop().unwrap_or_else(|| panic!("{drive} does not boot: {run:?}"))
     }
 }
 
 impl Boot {
-    /// What a console shows; `None` where there is no journal on it.
-    pub fn read(console: &str) -> Option<Self> {
-        let console = console.replace('\r', "");
-        let (_, rest) = console.split_once("the journal begins\n")?;
-        let (journal, rest) = rest.split_once("the journal ends\n")?;
+    /// The machine's lives that consoles have shown, one after the other.
+    pub fn all(consoles: &str) -> Vec<Self> {
+        let consoles = consoles.replace('\r', "");
+        consoles.split("the journal begins\n").skip(1).filter_map(Self::read).collect()
+    }
+
+    /// One that begins with the journal; `None` where it does not get as far as its end.
+    fn read(console: &str) -> Option<Self> {
+        let (journal, rest) = console.split_once("the journal ends\n")?;
         let written = rest.lines().find_map(|line| line.strip_prefix("written: "));
         Some(Self {
             journal: journal.lines().map(str::to_owned).collect(),
