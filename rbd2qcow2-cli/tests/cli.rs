@@ -6,6 +6,10 @@
 
 #[path = "cli/backup.rs"]
 mod backup;
+#[path = "cli/bad_day.rs"]
+mod bad_day;
+#[path = "cli/boot.rs"]
+mod boot;
 // What the tests of the library have, they share with these.
 #[allow(dead_code)]
 #[path = "../../rbd2qcow2-core/tests/cluster/cluster.rs"]
@@ -37,5 +41,7 @@ mod rig;
 mod usage;
 #[path = "cli/verify.rs"]
 mod verify;
+#[path = "cli/vm.rs"]
+mod vm;
 #[path = "cli/writers.rs"]
 mod writers;

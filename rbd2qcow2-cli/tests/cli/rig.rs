@@ -364,9 +364,18 @@ impl Running {
         (run, start.elapsed())
     }
 
+    /// Waits for its end, for longer than for others.
+    pub fn wait_within(self, limit: Duration) -> program::Run {
+        self.wait_status_within(limit).1
+    }
+
+    pub fn wait_status(self) -> (ExitStatus, program::Run) {
+        self.wait_status_within(HANG)
+    }
+
     /// Waits for its end; where that does not come, says where each thread of it is.
-    pub fn wait_status(mut self) -> (ExitStatus, program::Run) {
-        let deadline = Instant::now() + HANG;
+    fn wait_status_within(mut self, limit: Duration) -> (ExitStatus, program::Run) {
+        let deadline = Instant::now() + limit;
         let status = loop {
             if let Some(status) = self.child.0.try_wait().expect("our child") {
                 break status;
@@ -374,7 +383,8 @@ impl Running {
             if Instant::now() >= deadline {
                 let threads = threads_of(self.child.0.id());
                 self.signal(Signal::KILL);
-                panic!("the program hangs; it said {:?}; its threads: {threads}", self.stderr.so_far());
+                let (printed, said) = (self.stdout.so_far(), self.stderr.so_far());
+                panic!("the program hangs; it printed {printed:?} and said {said:?}; its threads: {threads}");
             }
             std::thread::sleep(Duration::from_millis(2));
         };
