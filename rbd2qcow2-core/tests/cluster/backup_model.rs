@@ -15,6 +15,7 @@ use crate::cluster_or_skip;
 use crate::driver::{Driver, DriverError, Layout, Spec};
 use crate::random::Random;
 use crate::store::Store;
+use crate::verify_source;
 
 /// Kinds of layers.
 const KINDS: u64 = 16;
@@ -307,6 +308,7 @@ fn play(
         }
     }
     store.check_again();
+    verify_source::check(cluster, store.dest(), &store.driver, &specs);
     for subject in &subjects {
         store.driver.purge(&subject.spec)?;
         subject.parent.iter().try_for_each(|parent| store.driver.purge(parent))?;

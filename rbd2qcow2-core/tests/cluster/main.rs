@@ -16,3 +16,4 @@ mod driver_check;
 mod handles;
 mod random;
 mod store;
+mod verify_source;
