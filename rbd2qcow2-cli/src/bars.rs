@@ -9,6 +9,10 @@ use rbd2qcow2_core::progress::{Progress, Stage};
 
 use crate::{human, stages};
 
+mod verify;
+
+pub use verify::VerifyBar;
+
 /// Steps of the total's bar for each image. Sizes of images that were not begun are unknown, so the
 /// total counts images, each in so many parts.
 const PARTS: u64 = 1000;

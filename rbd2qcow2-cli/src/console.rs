@@ -48,6 +48,11 @@ impl Console {
         let _ = self.bars.suspend(|| io::stderr().lock().write_all(text.as_bytes()));
     }
 
+    /// Does something while no bars are on the terminal: writes to standard output, for instance.
+    pub fn apart<T>(&self, act: impl FnOnce() -> T) -> T {
+        self.bars.suspend(act)
+    }
+
     /// Sends the log here. To be called once.
     pub fn start_log(&self, output: &OutputArgs) {
         let level = match output.verbose {

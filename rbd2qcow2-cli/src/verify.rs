@@ -16,6 +16,7 @@ use rbd2qcow2_core::verify::{
 use serde::Serialize;
 
 use crate::args::{OutputArgs, VerifyArgs};
+use crate::bars::VerifyBar;
 use crate::console::Console;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
@@ -89,7 +90,7 @@ pub fn run(
     };
     let mut outcome = Outcome::Done;
     for (image, points) in &wanted {
-        let reports = match verify(args, image, points, snapshots.as_ref(), &cancel) {
+        let reports = match verify(args, image, points, snapshots.as_ref(), console, &cancel) {
             Ok(reports) => reports,
             Err(VerifyError::Cancelled) => {
                 console.line("interrupted; what was not reported was not looked at");
@@ -104,7 +105,7 @@ pub fn run(
             if report.status == VerifyStatus::Damaged {
                 outcome = Outcome::Failed;
             }
-            match tell(image, report, output) {
+            match console.apart(|| tell(image, report, output)) {
                 // The reader has seen enough, as `head` has.
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
                 result => result.map_err(CommandError::Output)?,
@@ -170,6 +171,7 @@ fn verify(
     image: &ImageName,
     points: &BTreeSet<PointName>,
     snapshots: Option<&ClusterSnapshots>,
+    console: &Console,
     cancel: &Cancel,
 ) -> Result<Vec<PointReport>, VerifyError> {
     let mut options = VerifyOptions::default();
@@ -188,7 +190,11 @@ fn verify(
         progress: &progress,
         cancel,
     };
-    verify.run()
+    std::thread::scope(|scope| {
+        let _bar = VerifyBar::start(console.bars(), image.as_str(), &progress, scope)
+            .map_err(VerifyError::Thread)?;
+        verify.run()
+    })
 }
 
 /// The cluster, where points are compared with their snapshots.

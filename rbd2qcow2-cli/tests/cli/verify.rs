@@ -126,3 +126,47 @@ fn what_a_backup_made_is_ok_until_a_byte_of_it_changes() {
         rig.driver.purge(&image).expect("removed");
     }
 }
+
+#[test]
+fn points_are_compared_with_their_snapshots() {
+    let cluster = cluster_or_skip!("verify::points_are_compared_with_their_snapshots");
+    let rig = Rig::new(&cluster);
+    let image = unique_image("verify-source");
+    rig.image(&image, 8, FULL_FEATURES);
+    rig.back_up(&image, &[]);
+    rig.driver.snap_create(&image, "before").expect("a snapshot");
+    rig.change(&image, MIB, MIB, 1);
+    rig.back_up(&image, &["--keep-snapshots", "9"]);
+    let conf = cluster.conf.to_str().expect("UTF-8");
+    let source = |more: &[&str]| {
+        let dest = rig.dest().to_str().expect("UTF-8");
+        run(&[&["-c", conf, "verify", dest, &image.image, "--source"], more].concat())
+    };
+    let told = source(&[]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!(told.stdout.matches("the same as its snapshot").count(), 2, "{told:?}");
+    let told = source(&["--json"]);
+    assert_eq!(told.stdout.matches(r#""errors":[],"source":"same"}"#).count(), 2, "{told:?}");
+
+    // What fast-diff misses after a rollback.
+    rig.driver.rollback(&image, "before").expect("a rollback");
+    rig.driver.close(&image).expect("closed");
+    rig.back_up(&image, &["--diff", "fast"]);
+    let told = source(&[]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stdout.contains(": damaged, 0 B of data checked, different from its snapshot"), "{told:?}");
+    assert!(told.stdout.contains("bytes 1048576..2097152 of the image differ from its snapshot"), "{told:?}");
+    assert_eq!(told.stdout.matches(": ok, ").count(), 2, "{told:?}");
+    // By the directory alone nobody can know.
+    assert_eq!(verify(rig.dest(), &[&image.image]).status, Some(0));
+
+    rig.driver.purge(&image).expect("removed");
+    let told = source(&[]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    let not = "not compared with its snapshot (the image is not there any more)";
+    assert_eq!(told.stdout.matches(not).count(), 3, "{told:?}");
+    let dest = rig.dest().to_str().expect("UTF-8");
+    let told = run(&["-c", "/dev/null", "verify", dest, "--source"]);
+    assert_eq!((told.status, told.stdout.as_str()), (Some(1), ""), "{told:?}");
+    assert!(told.stderr.contains("cannot connect to the cluster"), "{told:?}");
+}
