@@ -6,6 +6,7 @@ use rbd2qcow2_core::chain::ChainError;
 use rbd2qcow2_core::point::PointError;
 use rbd2qcow2_core::pool::PoolError;
 use rbd2qcow2_core::restore::RestoreError;
+use rbd2qcow2_core::serve::ServeError;
 
 /// How a command that could begin has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,9 @@ pub enum CommandError {
     /// A point could not be restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// A point could not be served, or not any longer.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// A point cannot be read.
     #[error(transparent)]
     Point(#[from] PointError),
