@@ -143,7 +143,7 @@ impl Serve {
             let program = options.qemu_nbd.clone();
             match error {
                 ProbeError::Cancelled => ServeError::Cancelled,
-                ProbeError::Died(exit) => ServeError::start(program, exit),
+                ProbeError::Died(exit) => ServeError::of_start(program, exit),
                 ProbeError::Connect(cause) => ServeError::Connect { uri: listener.uri(), cause },
                 ProbeError::Nbd(cause) => ServeError::Nbd { program, cause },
                 ProbeError::Replaced => ServeError::Replaced { uri: listener.uri() },
@@ -205,7 +205,7 @@ impl Served {
 
 impl ServeError {
     /// What it means that a server ended before it was ready.
-    fn start(program: PathBuf, exit: ServerExit) -> Self {
+    fn of_start(program: PathBuf, exit: ServerExit) -> Self {
         /// With this the shell says that it found no such program.
         const NOT_FOUND: i32 = 127;
         match exit.code {

@@ -204,9 +204,10 @@ impl Rig {
     }
 }
 
-/// Whether no process works in `directory` any more, or has a file of it open.
+/// Whether no process works in `directory` any more, has a file of it open, or was told of one.
 pub fn assert_no_process_in(directory: &Path) {
-    assert_none_left(|| processes(|pid| works_in(directory, pid)));
+    let name = directory.to_str().expect("UTF-8");
+    assert_none_left(|| processes(|pid| works_in(directory, pid) || command_line(pid).contains(name)));
 }
 
 fn assert_none_left(processes: impl Fn() -> BTreeMap<u32, String>) {

@@ -14,8 +14,9 @@ use crate::cluster_or_skip;
 use crate::directory::{Backups, SIZE};
 use crate::driver::{FULL_FEATURES, Layout};
 use crate::faults::fails;
+use crate::mount::Mount;
 use crate::program::{self, Run};
-use crate::rig::{MIB, Rig, Running, assert_no_process_in, names_in, wait_for};
+use crate::rig::{MIB, Rig, Running, assert_no_process_in, names_in, wait_for, with};
 
 const POINT: &str = "20261122T173312Z";
 
@@ -159,6 +160,36 @@ fn what_is_written_goes_to_the_overlay_and_with_it() {
     interrupted(running, Signal::INT);
     scene.assert_nothing_left();
     assert!((fs::read(&layer).unwrap(), layer.metadata().unwrap().mtime_nsec()) == before);
+}
+
+/// The client is told, and nobody else is harmed.
+#[test]
+fn an_overlay_without_space_is_the_clients_error() {
+    let scene = Scene::new();
+    let small = TempDir::new().unwrap();
+    let tmpfs = "mount -t tmpfs -o size=600k tmpfs \"$d\"";
+    let test = "serve::an_overlay_without_space_is_the_clients_error";
+    let Some(mount) = Mount::new(test, small.path(), tmpfs) else { return };
+    let socket = scene.socket();
+    let arguments = ["--writable", "--socket", socket.to_str().unwrap()];
+    let overlays = ["--overlay-dir", small.path().to_str().unwrap()];
+    let (running, uri) = announced(mount.inside(&scene.serve("web/1", &with(&arguments, &overlays))));
+    let write = |length: &str| {
+        let command = format!("write -P 7 0 {length}");
+        let output = Command::new("qemu-io").args(["-f", "raw", "-c", &command, &uri]).output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (full, told) = write("900k");
+    assert!(!full && told.contains("No space left on device"), "{told}");
+    // It goes on for those who need less.
+    let (fits, told) = write("4k");
+    assert!(fits, "{told}");
+    interrupted(running, Signal::INT);
+    drop(mount);
+    scene.assert_nothing_left();
+    let (running, uri) = scene.served(&[]);
+    assert!(scene.content_of(&uri) == scene.padded());
+    interrupted(running, Signal::INT);
 }
 
 #[test]
