@@ -29,6 +29,10 @@ use listener::Listener;
 use overlay::Overlay;
 use probe::ProbeError;
 
+/// How much later than the server we may be told to stop, where a service manager tells all processes of
+/// a service. A server that ends then has not died.
+const STOP_LIMIT: Duration = Duration::from_secs(1);
+
 /// Which point is served, and how.
 #[derive(Clone, Debug)]
 pub struct Serve {
@@ -114,10 +118,10 @@ pub struct Served {
 impl Serve {
     /// Starts to serve the point. Blocks until a client can read it.
     ///
-    /// A [`warning`](log::warn) is logged where others can reach the disk without permission.
+    /// A [warning](log::warn) is logged where the network can reach the disk.
     ///
     /// # Errors
-    /// [`ServeError`]. Nothing is left then, and nobody could have read anything.
+    /// [`ServeError`]. Nothing is left then.
     pub fn start(&self, cancel: &Cancel) -> Result<Served, ServeError> {
         let options = &self.options;
         let image = ImageName::new(&self.image).map_err(|error| ServeError::Point(error.into()))?;
@@ -196,7 +200,10 @@ impl Served {
     pub fn wait(&self, cancel: &Cancel) -> Result<(), ServeError> {
         while !cancel.is_set() {
             if let Some(exit) = self.server.exit_within(Cancel::POLL) {
-                return Err(ServeError::Died { program: self.program.clone(), exit });
+                cancel.sleep(STOP_LIMIT);
+                if !cancel.is_set() {
+                    return Err(ServeError::Died { program: self.program.clone(), exit });
+                }
             }
         }
         Ok(())
@@ -206,10 +213,10 @@ impl Served {
 impl ServeError {
     /// What it means that a server ended before it was ready.
     fn of_start(program: PathBuf, exit: ServerExit) -> Self {
-        /// With this the shell says that it found no such program.
+        /// With this the shell says that it found no such program, or the system that it found no library.
         const NOT_FOUND: i32 = 127;
         match exit.code {
-            Some(NOT_FOUND) => Self::NotFound { program },
+            Some(NOT_FOUND) => Self::NotFound { program, exit },
             _ => Self::Failed { program, exit },
         }
     }

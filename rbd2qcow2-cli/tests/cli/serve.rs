@@ -243,7 +243,7 @@ fn what_cannot_be_served_is_told_and_not_announced() {
     refused("web-1", &[], &[r#"holds no backups of image "web-1"; did you mean "web/1"?"#]);
     refused("web/1@20261123T000000Z", &[], &["has no point", &format!("did you mean {POINT:?}?")]);
     let missing = ["--qemu-nbd", "/nowhere/qemu-nbd"];
-    refused("web/1", &missing, &["/nowhere/qemu-nbd was not found: install"]);
+    refused("web/1", &missing, &["/nowhere/qemu-nbd was not found", "install QEMU's disk tools"]);
     refused("web/1", &["--qemu-nbd", "/bin/false"], &["cannot serve the point: it ended with exit status 1"]);
     refused("web/1", &["--socket", "/nowhere/nbd"], &["cannot make the socket /nowhere/nbd", "No such file"]);
     let long = format!("/tmp/{}", "x".repeat(103));

@@ -113,7 +113,7 @@ impl fmt::Display for ServerExit {
         match self.code {
             None => f.write_str("had to be killed")?,
             Some(126) => f.write_str("could not be executed")?,
-            Some(127) => f.write_str("was not found")?,
+            Some(127) => f.write_str("was not found, or lacks a library")?,
             Some(code) if code > 128 => write!(f, "was killed by signal {}", code - 128)?,
             Some(code) => write!(f, "ended with exit status {code}")?,
         }

@@ -113,15 +113,17 @@ pub enum ServeError {
     /// The shell above the server could not be started.
     #[error("cannot start the server")]
     Start(#[from] StartError),
-    /// The program is missing.
+    /// The program is missing, or a library of it.
     #[error(
-        "{} was not found: install QEMU's disk tools, 5.2 or later (package qemu-utils on Debian and \
-         Ubuntu, qemu-img on Fedora, RHEL and SUSE)",
+        "{} {exit}; install QEMU's disk tools, 5.2 or later (package qemu-utils on Debian and Ubuntu, qemu-img \
+         on Fedora, RHEL and SUSE)",
         program.display()
     )]
     NotFound {
         /// The program.
         program: PathBuf,
+        /// What was said.
+        exit: ServerExit,
     },
     /// The server ended before it showed the disk.
     #[error("{} cannot serve the point: it {exit}", program.display())]

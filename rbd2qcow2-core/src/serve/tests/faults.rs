@@ -59,7 +59,11 @@ fn a_missing_program_is_told_with_what_to_do() {
         serve.options.qemu_nbd = program.into();
         let error = refused(&fixture, &serve);
         assert!(matches!(&error, ServeError::NotFound { .. }), "{error:?}");
-        assert!(error.to_string().starts_with(&format!("{program} was not found: install ")), "{error}");
+        let text = error.to_string();
+        assert!(
+            text.starts_with(&format!("{program} was not found, ")) && text.contains("; install "),
+            "{text}"
+        );
     }
 }
 
@@ -166,6 +170,23 @@ fn a_server_that_dies_is_told() {
         assert!(client.read(0, &mut [0; 512]).is_err_and(|error| error.is_disconnect()));
         drop(served);
         assert_eq!(fixture.names_in_out(), [""; 0]);
+    }
+}
+
+/// As systemd stops a service.
+#[test]
+fn a_server_that_is_stopped_with_us_has_not_died() {
+    for tools in qemus() {
+        let fixture = Fixture::new();
+        let served = start(&fixture.serve_with(&tools));
+        let cancel = Cancel::new();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| served.wait(&cancel));
+            let pid = Pid::from_raw(i32::try_from(server_of(&served)).expect("a number")).expect("not 0");
+            kill_process(pid, Signal::TERM).expect("it runs");
+            cancel.set();
+            waiter.join().expect("no panic").expect("it was to end");
+        });
     }
 }
 
