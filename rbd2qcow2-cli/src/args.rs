@@ -12,9 +12,11 @@ use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
 mod restore;
+mod serve;
 mod values;
 
 pub use restore::{Destination, RestoreArgs};
+pub use serve::ServeArgs;
 use values::PoolSpec;
 
 #[cfg(test)]
@@ -35,6 +37,7 @@ Examples:
   rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
   rbd2qcow2 list /backups
   rbd2qcow2 restore /backups vm-1 --to-rbd rbd/vm-1-restored
+  rbd2qcow2 serve /backups vm-1              the newest point, as a disk for QEMU
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -108,6 +111,9 @@ pub enum Command {
     /// Restore a point to an RBD image or a file
     #[command(after_help = format!("{}\n\n{EXIT_STATUS}", restore::EXAMPLES))]
     Restore(RestoreArgs),
+    /// Serve a point as a disk, over NBD
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", serve::EXAMPLES))]
+    Serve(ServeArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -306,7 +312,7 @@ impl Cli {
         }
         match &self.command {
             Command::Backup(args) => args.check(),
-            Command::List(_) | Command::Verify(_) => Ok(()),
+            Command::List(_) | Command::Verify(_) | Command::Serve(_) => Ok(()),
             Command::Restore(args) => args.check(self.output.json),
         }
     }

@@ -9,6 +9,7 @@ use rbd2qcow2_core::chain::PointKind;
 use rbd2qcow2_core::error::Causes;
 use rbd2qcow2_core::progress::{ImageReport, Status};
 use rbd2qcow2_core::restore::RestoreReport;
+use rbd2qcow2_core::serve::Served;
 use serde::Serialize;
 
 /// Writes one object a line, each as soon as it is known.
@@ -116,6 +117,34 @@ impl<'a> RestoreLine<'a> {
             bytes_written: report.bytes_written,
             zero_bytes: report.zero_bytes,
             seconds: report.time.as_secs_f64(),
+        }
+    }
+}
+
+/// A point that is served.
+#[derive(Debug, Serialize)]
+pub struct ServeLine<'a> {
+    /// The image's name.
+    image: &'a str,
+    /// The point.
+    point: String,
+    /// Where the disk is.
+    uri: String,
+    /// Whether clients can write.
+    writable: bool,
+    /// The size of the disk in bytes: the image's, rounded up to 512.
+    size: u64,
+}
+
+impl<'a> ServeLine<'a> {
+    /// The line of a server that has started.
+    pub fn new(served: &'a Served) -> Self {
+        Self {
+            image: served.image().as_str(),
+            point: served.point().to_string(),
+            uri: served.uri(),
+            writable: served.is_writable(),
+            size: served.size(),
         }
     }
 }

@@ -23,6 +23,7 @@ mod names;
 mod outcome;
 mod report;
 mod restore;
+mod serve;
 mod signals;
 mod stages;
 mod table;
@@ -51,6 +52,7 @@ fn run(cli: &Cli) -> Outcome {
         Command::List(args) => list::run(args, &cli.output, &console),
         Command::Verify(args) => verify::run(args, &cli.cluster(), &cli.output, &console),
         Command::Restore(args) => restore::run(args, cli.cluster(), &cli.output, &console),
+        Command::Serve(args) => serve::run(args, &cli.output, &console),
     };
     match result {
         Ok(outcome) => outcome,

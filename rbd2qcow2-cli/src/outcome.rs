@@ -7,6 +7,7 @@ use rbd2qcow2_core::point::PointError;
 use rbd2qcow2_core::pool::PoolError;
 use rbd2qcow2_core::rbd::RbdError;
 use rbd2qcow2_core::restore::RestoreError;
+use rbd2qcow2_core::serve::ServeError;
 
 /// How a command that could begin has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,9 @@ pub enum CommandError {
     /// The cluster cannot be reached.
     #[error(transparent)]
     Cluster(RbdError),
+    /// A point could not be served, or not any longer.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// A point cannot be read.
     #[error(transparent)]
     Point(#[from] PointError),

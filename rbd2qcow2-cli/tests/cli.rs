@@ -37,6 +37,8 @@ mod program;
 mod restore;
 #[path = "cli/rig.rs"]
 mod rig;
+#[path = "cli/serve.rs"]
+mod serve;
 #[path = "cli/usage.rs"]
 mod usage;
 #[path = "cli/verify.rs"]

@@ -47,6 +47,17 @@ pub fn image_directory(dest: &Path, image: &ImageName) -> PathBuf {
     dest.join(image.encoded())
 }
 
+/// The directory of the image in the destination `dest` that `directory` is or lies in, if any: nothing
+/// but points may be put there. `directory` must be canonical; the destination may lead through links.
+///
+/// # Errors
+/// Those of [`images_in`].
+pub fn image_directory_around(dest: &Path, directory: &Path) -> Result<Option<PathBuf>, ChainError> {
+    let mut chains = images_in(dest)?.images.into_iter().map(|image| image_directory(dest, &image));
+    let around = |chain: &PathBuf| chain.canonicalize().is_ok_and(|chain| directory.starts_with(chain));
+    Ok(chains.find(around))
+}
+
 /// The directory of one image, locked for writing until this is dropped.
 #[derive(Debug)]
 pub struct ChainWriter {

@@ -11,15 +11,15 @@
 //! synced and renamed into the chain ([`chain`]).
 //!
 //! The way back is [`restore`]: the layers of a point, read as one image, are copied to a file by the same
-//! pipeline.
+//! pipeline. Or it is not brought anywhere: [`serve`] has QEMU show a point as a disk.
 //!
 //! The library never prints, never exits the process, keeps no global state, logs only through
 //! [`log`], reports progress through [`progress::Observer`] and stops soon after a
 //! [`cancel::Cancel`] is set.
 //!
 //! # Features
-//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, and restores
-//! to files.
+//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, restores
+//! to files, and serves points.
 
 #![deny(unsafe_code)]
 
@@ -45,5 +45,6 @@ pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;
 pub mod restore;
+pub mod serve;
 pub mod source;
 pub mod verify;

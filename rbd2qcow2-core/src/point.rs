@@ -153,7 +153,7 @@ fn size(point: &Point, chain: &ChainReader) -> u64 {
     if point.manifest.is_none() && !point.name.is_python() {
         log::warn!(
             "{}: without its manifest the image's exact size is not known; it may be up to 511 bytes smaller \
-             than what is restored",
+             than what is read",
             point.path.display()
         );
     }

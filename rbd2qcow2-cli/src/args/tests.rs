@@ -5,6 +5,7 @@ use std::path::Path;
 use rbd2qcow2_core::rbd::Features;
 use rbd2qcow2_core::restore::image::Overrides;
 use rbd2qcow2_core::restore::{FileFormat, Qcow2Options};
+use rbd2qcow2_core::serve::{Access, Listen, Serve, ServeOptions};
 
 use super::values::{self, PointSpec, ValueError};
 use super::*;
@@ -299,4 +300,35 @@ fn compressions() {
     for text in ["", "zlib:3", "ZSTD", "lzo"] {
         assert_eq!(values::compression(text), Err(ValueError::Compression), "{text}");
     }
+}
+
+/// The server that a `serve` line asks for.
+fn serve_of(line: &str) -> Serve {
+    // The program is named so that the environment cannot have a say.
+    match parse(&format!("{line} --qemu-nbd qemu-nbd")).unwrap().command {
+        Command::Serve(args) => args.to_serve(),
+        _ => panic!("not a serve: {line}"),
+    }
+}
+
+#[test]
+fn a_server_is_that_of_the_library_unless_told() {
+    let serve = serve_of("serve /backups vm-1");
+    let usual = ServeOptions::default();
+    assert_eq!((serve.dest.as_path(), serve.image.as_str()), (Path::new("/backups"), "vm-1"));
+    assert_eq!((&serve.point, &serve.options.listen), (&None, &usual.listen));
+    assert_eq!((&serve.options.access, serve.options.connections), (&usual.access, usual.connections));
+    assert_eq!(serve.options.qemu_nbd, usual.qemu_nbd);
+
+    let serve = serve_of("serve /b vm-1@20261122T173312Z --socket /s --writable --connections 3");
+    assert_eq!(serve.point.unwrap().to_string(), "20261122T173312Z");
+    assert_eq!(serve.options.listen, Listen::Socket("/s".into()));
+    assert_eq!(serve.options.access, Access::Writable { overlay_directory: None });
+    assert_eq!(serve.options.connections, 3);
+
+    let serve = serve_of("serve /b vm-1 --port 7 --writable --overlay-dir /o");
+    assert_eq!(serve.options.listen, Listen::Tcp("127.0.0.1:7".parse().unwrap()));
+    assert_eq!(serve.options.access, Access::Writable { overlay_directory: Some("/o".into()) });
+    let serve = serve_of("serve /b vm-1 --port 0 --address ::1");
+    assert_eq!(serve.options.listen, Listen::Tcp("[::1]:0".parse().unwrap()));
 }

@@ -170,28 +170,17 @@ impl Rig {
 
     /// Whether no process works in the destination any more: neither qemu-nbd nor the shell above it.
     pub fn assert_no_process(&self) {
-        let deadline = Instant::now() + STOP_LIMIT;
-        loop {
-            let left = self.processes();
-            if left.is_empty() {
-                return;
-            }
-            assert!(Instant::now() < deadline, "still running: {left:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        assert_none_left(|| self.processes());
     }
 
     /// Processes that work in the destination or have a file of it open, with their command lines. The
     /// shell above qemu-nbd does the one, qemu-nbd the other.
     fn processes(&self) -> BTreeMap<u32, String> {
-        let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-        let inside = pids.filter(|&pid| match &self.mount {
+        processes(|pid| match &self.mount {
             // Nobody outside of the namespace can.
             Some(mount) => mount.is_inhabitant(pid),
             None => works_in(self.dest(), pid),
-        });
-        inside.map(|pid| (pid, command_line(pid))).collect()
+        })
     }
 
     /// The states of all threads of these processes, as the letters that `ps` shows.
@@ -213,6 +202,31 @@ impl Rig {
         });
         Pid::from_raw(i32::try_from(found).expect("a pid")).expect("not 0")
     }
+}
+
+/// Whether no process works in `directory` any more, has a file of it open, or was told of one.
+pub fn assert_no_process_in(directory: &Path) {
+    let name = directory.to_str().expect("UTF-8");
+    assert_none_left(|| processes(|pid| works_in(directory, pid) || command_line(pid).contains(name)));
+}
+
+fn assert_none_left(processes: impl Fn() -> BTreeMap<u32, String>) {
+    let deadline = Instant::now() + STOP_LIMIT;
+    loop {
+        let left = processes();
+        if left.is_empty() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "still running: {left:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The processes that are such, with their command lines.
+fn processes(such: impl Fn(u32) -> bool) -> BTreeMap<u32, String> {
+    let entries = std::fs::read_dir("/proc").expect("there is a /proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|&pid| such(pid)).map(|pid| (pid, command_line(pid))).collect()
 }
 
 fn works_in(directory: &Path, pid: u32) -> bool {
@@ -341,6 +355,15 @@ impl Running {
     /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
         self.child.0.try_wait().expect("our child").is_some()
+    }
+
+    /// Waits for the first line on its standard output.
+    pub fn wait_for_line(&mut self) -> String {
+        wait_for("line", || {
+            let line = self.stdout.so_far().split_once('\n').map(|(line, _)| line.to_owned());
+            assert!(line.is_some() || !self.has_ended(), "ended without a line: {}", self.stderr.so_far());
+            line
+        })
     }
 
     /// Waits until it said something on its standard error.

@@ -7,8 +7,14 @@ use crate::program::{command, run};
 
 #[test]
 fn help_goes_to_standard_output() {
-    for args in [&["--help"][..], &["-h"], &["help", "backup"], &["backup", "--help"], &["restore", "--help"]]
-    {
+    for args in [
+        &["--help"][..],
+        &["-h"],
+        &["help", "backup"],
+        &["backup", "--help"],
+        &["restore", "--help"],
+        &["serve", "--help"],
+    ] {
         let help = run(args);
         assert_eq!(help.status, Some(0), "{args:?}: {help:?}");
         assert!(help.stdout.contains("Exit status:") && help.stdout.contains("130"), "{args:?}: {help:?}");
@@ -48,6 +54,14 @@ fn wrong_usage_is_status_2_and_silent_on_standard_output() {
         &["restore", "/d", "x", "--to-file", "f", "--compression", "zstd"],
         &["restore", "/d", "x", "--to-file", "-", "--format", "qcow2"],
         &["restore", "/d", "x", "--to-file", "-", "--json"],
+        &["serve", "/d"],
+        &["serve", "/d", ""],
+        &["serve", "/d", "x", "--socket", "s", "--port", "1"],
+        &["serve", "/d", "x", "--port", "65536"],
+        &["serve", "/d", "x", "--address", "127.0.0.1"],
+        &["serve", "/d", "x", "--port", "1", "--address", "localhost"],
+        &["serve", "/d", "x", "--overlay-dir", "o"],
+        &["serve", "/d", "x", "--connections", "0"],
         &["--id", "a", "backup", "rbd", "/d", "--name", "client.b"],
     ] {
         let wrong = run(args);

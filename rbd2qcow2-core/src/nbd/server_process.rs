@@ -1,14 +1,17 @@
-//! Starts a `qemu-nbd` that serves connections made beforehand and cannot outlive this process.
+//! Starts a `qemu-nbd` that cannot outlive this process.
 //!
-//! Socket activation: the listening socket lies in a private directory, all connections are made
-//! while it is there, and its name is gone before the server starts. So nobody else can connect,
-//! nothing is left in the file system, and there is no moment to wait for.
+//! Socket activation: the server gets a socket that listens already. So nothing has to be waited for,
+//! and addresses, names and modes of sockets are ours to choose. There are two kinds of server:
 //!
-//! Without `--persistent`, qemu-nbd leaves with its last client, but only if one got through the
-//! negotiation: a server whose clients die before it would stay forever. Therefore a shell stands
-//! between, which reads from a pipe, the *lifeline*, whose other end only this process holds, and
-//! which kills its process group when the pipe ends. That covers a SIGKILL of this process at any
-//! moment.
+//! - One for this process alone ([`ServerProcess::start`]). The socket lies in a private directory, all
+//!   connections are made while it is there, and its name is gone before the server starts: nobody else
+//!   can connect, and nothing is left in the file system. The server leaves with its last client.
+//! - One for everybody who can reach a socket of the caller's ([`ServerProcess::listen`]). It stays.
+//!
+//! qemu-nbd leaves with its last client only if one got through the negotiation: a server whose clients
+//! die before it would stay forever, as one for everybody would. Therefore a shell stands between, which
+//! reads from a pipe, the *lifeline*, whose other end only this process holds, and which kills its
+//! process group when the pipe ends. That covers a SIGKILL of this process at any moment.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -110,7 +113,7 @@ impl fmt::Display for ServerExit {
         match self.code {
             None => f.write_str("had to be killed")?,
             Some(126) => f.write_str("could not be executed")?,
-            Some(127) => f.write_str("was not found")?,
+            Some(127) => f.write_str("was not found, or lacks a library")?,
             Some(code) if code > 128 => write!(f, "was killed by signal {}", code - 128)?,
             Some(code) => write!(f, "ended with exit status {code}")?,
         }
@@ -126,11 +129,11 @@ impl fmt::Display for ServerExit {
 pub struct ServerCommand {
     /// `qemu-nbd`, a path or a name to be found in `PATH`.
     pub program: PathBuf,
-    /// Its arguments but for `--shared`.
+    /// Its arguments but for `--shared` and `--persistent`.
     pub arguments: Vec<OsString>,
     /// Directory that it starts in.
     pub directory: PathBuf,
-    /// Connections to make; at least 1.
+    /// Connections to make, or to serve at once; at least 1.
     pub connections: usize,
 }
 
@@ -171,19 +174,35 @@ impl ServerProcess {
     /// [`StartError`], about sockets and the shell.
     pub fn start(command: &ServerCommand) -> Result<(Self, Vec<UnixStream>), StartError> {
         let (listener, streams) = connect(command.connections.max(1))?;
+        Ok((Self::spawn(command, listener.into(), false)?, streams))
+    }
+
+    /// Starts a server for whoever connects to `listener`, a stream socket that listens. It stays until
+    /// it is killed; connections beyond [`ServerCommand::connections`] wait. Whether the server is ready
+    /// is told by its greeting: as in [`start`](Self::start), nothing is waited for. Where it dies, the
+    /// listener goes with it, so connections that it has not taken end.
+    ///
+    /// # Errors
+    /// [`StartError::Spawn`].
+    pub fn listen(command: &ServerCommand, listener: OwnedFd) -> Result<Self, StartError> {
+        Self::spawn(command, listener, true)
+    }
+
+    fn spawn(command: &ServerCommand, listener: OwnedFd, persistent: bool) -> Result<Self, StartError> {
         let spawn_error = |source| StartError::Spawn { program: command.program.clone(), source };
         let (lifeline_end, lifeline) = io::pipe().map_err(spawn_error)?;
         let mut supervisor = Command::new("sh")
             .args(["-c", SUPERVISOR, "sh"])
             .arg(&command.program)
-            .arg(format!("--shared={}", streams.len()))
+            .arg(format!("--shared={}", command.connections.max(1)))
+            .args(persistent.then_some("--persistent"))
             .args(&command.arguments)
             .current_dir(&command.directory)
             // Messages are for people who search for them.
             .env("LC_ALL", "C")
             // What the terminal sends on Ctrl-C is for us to handle. The supervisor relies on it too.
             .process_group(0)
-            .stdin(Stdio::from(OwnedFd::from(listener)))
+            .stdin(Stdio::from(listener))
             .stdout(Stdio::from(lifeline_end))
             .stderr(Stdio::piped())
             // The command is dropped with this statement, and our copy of the listener with it: the
@@ -198,7 +217,7 @@ impl ServerProcess {
             let collector = thread::Builder::new().name("nbd-stderr".into());
             server.collector = Some(collector.spawn(move || stderr.collect(pipe)).map_err(spawn_error)?);
         }
-        Ok((server, streams))
+        Ok(server)
     }
 
     /// Waits for the server to end by itself, and tells how it did; `None` when it still runs after

@@ -11,7 +11,7 @@ use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
 use super::error::RestoreError;
-use crate::chain::{ChainError, durable, image_directory, images_in};
+use crate::chain::{ChainError, durable, image_directory_around};
 use crate::error::Causes;
 use crate::point::PointError;
 
@@ -50,11 +50,8 @@ impl Target {
         };
         let unusable = |cause| RestoreError::Directory { path: directory.clone(), cause };
         let real = directory.canonicalize().map_err(unusable)?;
-        for image in images_in(dest).map_err(PointError::from)?.images {
-            let chain = image_directory(dest, &image);
-            if chain.canonicalize().is_ok_and(|chain| real.starts_with(chain)) {
-                return Err(RestoreError::WithinChain { path: path.to_owned(), directory: chain });
-            }
+        if let Some(directory) = image_directory_around(dest, &real).map_err(PointError::from)? {
+            return Err(RestoreError::WithinChain { path: path.to_owned(), directory });
         }
         match fs::symlink_metadata(path) {
             Ok(_) => return Err(RestoreError::Exists { path: path.to_owned() }),

@@ -70,7 +70,7 @@ fn a_missing_program_is_called_missing() {
     let (server, _streams) = start(Path::new("/nowhere/qemu-nbd"), &[], 1);
     let exit = server.exit_within(SOON).expect("it ended");
     assert_eq!(exit.code, Some(127));
-    assert!(exit.to_string().starts_with("was not found, and wrote: "), "{exit}");
+    assert!(exit.to_string().starts_with("was not found, or lacks a library, and wrote: "), "{exit}");
 }
 
 #[test]
