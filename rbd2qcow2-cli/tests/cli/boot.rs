@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::cluster::{TestCluster, unique_image};
@@ -11,6 +12,7 @@ use crate::cluster_or_skip;
 use crate::driver::Spec;
 use crate::program;
 use crate::rig::{MIB, Rig, Running, assert_point, point_of};
+use crate::serve;
 use crate::vm::{self, NEW, Vm};
 
 /// How the machine is backed up after each of its days.
@@ -74,6 +76,21 @@ impl Life {
         assert_eq!(run.status, Some(0), "{run:?}");
     }
 
+    /// The machine runs from the point as it is served, so many times, and all that it writes is forgotten
+    /// in the end.
+    fn boot_served(&self, point: &str, out: &Path, journal: &[String], times: usize) {
+        let point = format!("{}@{point}", self.image.image);
+        let (server, uri) =
+            serve::announced(serve::serve(self.rig.dest(), out, &point, &["-q", "--writable"]));
+        let mut journal = journal.to_vec();
+        for _ in 0..times {
+            let boot = self.vm.boot(&format!("file={uri},format=raw"), &[]);
+            assert_eq!(boot.journal, journal, "{point}");
+            journal.push(boot.written.expect("it is writable"));
+        }
+        serve::interrupted(server, Signal::INT);
+    }
+
     /// All files of the chain, and what is in them.
     pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
         let read = |layer: PathBuf| (layer.clone(), fs::read(layer).expect("a layer"));
@@ -109,8 +126,44 @@ fn a_machine_boots_from_every_point() {
         let restored = out.path().join(point_of(layer));
         life.restore(&point_of(layer), &restored, &[]);
         vm::assert_clean(&restored);
+        // Each boot takes seconds.
+        let times = if journal.len() == DAYS.len() { 2 } else { 1 };
+        life.boot_served(&point_of(layer), out.path(), journal, times);
     }
     assert!(life.files() == before, "a boot has changed the chain");
+}
+
+#[test]
+fn a_machine_goes_on_from_a_restored_image() {
+    const TEST: &str = "boot::a_machine_goes_on_from_a_restored_image";
+    let cluster = cluster_or_skip!(TEST);
+    let Some(vm) = Vm::find(TEST) else { return };
+    let mut life = Life::begin(&cluster, vm);
+    life.live(&[]);
+    life.live(&["--compression", "zstd"]);
+    let points: Vec<_> = life.rig.layers(&life.image).iter().map(|layer| point_of(layer)).collect();
+    // A new image, and the machine's own, rolled back to the day before.
+    let new = unique_image("reborn");
+    for (image, options) in [(&new, &[][..]), (&life.image, &["--overwrite"])] {
+        let mut command = program::command();
+        command.arg("-c").arg(&life.rig.conf).arg("restore").arg(life.rig.dest());
+        command.arg(format!("{}@{}", life.image.image, points[0]));
+        command.args(["--to-rbd", &format!("{}/{}", image.pool, image.image)]).args(options);
+        let run = Running::start(command).wait();
+        assert_eq!(run.status, Some(0), "{run:?}");
+        let boot = life.vm.boot(&vm::image(&life.rig.conf, image), &[]);
+        assert_eq!(boot.journal, life.journals[0], "{run:?}");
+        assert!(boot.written.is_some(), "{boot:?}");
+    }
+    // And backups go on from there.
+    life.journals.truncate(1);
+    let lived = life.vm.boot(&vm::image(&life.rig.conf, &life.image), &["-snapshot"]);
+    life.journals.push(lived.journal);
+    life.live(&[]);
+    let journal = life.journals.last().expect("the last day");
+    let layer = life.rig.layers(&life.image).pop().expect("a point");
+    assert_eq!(&life.vm.boot(&vm::layer(&layer), &["-snapshot"]).journal, journal);
+    life.rig.driver.purge(&new).expect("removed");
 }
 
 #[test]

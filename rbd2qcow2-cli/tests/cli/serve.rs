@@ -70,7 +70,7 @@ impl Scene {
 }
 
 /// A server whose sockets and overlays are in `out` unless told otherwise.
-fn serve(dest: &Path, out: &Path, point: &str, arguments: &[&str]) -> Command {
+pub fn serve(dest: &Path, out: &Path, point: &str, arguments: &[&str]) -> Command {
     let mut command = program::command();
     command.env("XDG_RUNTIME_DIR", out).env("TMPDIR", out);
     command.arg("serve").arg(dest).arg(point).args(arguments);
@@ -78,7 +78,7 @@ fn serve(dest: &Path, out: &Path, point: &str, arguments: &[&str]) -> Command {
 }
 
 /// Starts a server, and waits for the line that it prints.
-fn announced(command: Command) -> (Running, String) {
+pub fn announced(command: Command) -> (Running, String) {
     let mut running = Running::start(command);
     let line = running.wait_for_line();
     (running, line)
@@ -97,7 +97,8 @@ fn assert_no_lock(directory: &Path) {
     rustix::fs::flock(&lock, operation).expect("nobody holds it");
 }
 
-fn interrupted(running: Running, signal: Signal) -> Run {
+/// Ends a server.
+pub fn interrupted(running: Running, signal: Signal) -> Run {
     running.signal(signal);
     let run = running.wait();
     assert_eq!(run.status, Some(130), "{run:?}");
