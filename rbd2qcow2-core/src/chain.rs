@@ -5,10 +5,12 @@
 //! [`PendingLayer`], has the layer written to its [path](PendingLayer::layer_path), and
 //! [commits](PendingLayer::commit) it. A point exists from the moment its layer has its name, which
 //! is one rename; everything else about the point is on stable storage before that.
+//!
+//! Points are forgotten by [`ChainWriter::forget`]. Where others build upon them, a layer that takes over
+//! what they hold [replaces](ChainWriter::begin_merge) the one above first.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
@@ -20,26 +22,34 @@ pub mod durable;
 mod error;
 pub mod lock;
 pub mod manifest;
+mod merge;
 pub mod names;
+mod planned;
 
 pub use announcement::Announcement;
 pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
 pub use error::ChainError;
 pub use manifest::{Manifest, Record};
+pub use merge::{MergedLayer, PendingMerge};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};
 
 use crate::error::Causes;
-use crate::qcow2::header::{Header, HeaderError};
-use crate::qcow2::open_regular;
 use digests::DigestWriter;
 use lock::ChainLock;
 use names::{FileKind, NameError, PointFile};
+use planned::Planned;
 
 /// Name of the note about a snapshot of a chain without points.
 const ANNOUNCEMENT_FILE: &str = ".pending.json";
 
 /// Its name while it is being written.
 const ANNOUNCEMENT_PARTIAL: &str = ".pending.json.partial";
+
+/// Name of the list of points that are to be forgotten.
+const FORGET_FILE: &str = ".forget.json";
+
+/// Its name while it is being written.
+const FORGET_PARTIAL: &str = ".forget.json.partial";
 
 /// The directory where the points of `image` are, in the destination `dest`. It need not exist.
 #[must_use]
@@ -113,7 +123,9 @@ impl ChainWriter {
         let catalogue = Catalogue::read(&directory, image)?;
         let mut writer =
             Self { directory, image: image.clone(), catalogue, removed: Vec::new(), _lock: lock };
+        writer.settle_merges()?;
         writer.clean()?;
+        writer.finish_forgetting()?;
         Ok(writer)
     }
 
@@ -371,40 +383,16 @@ impl PendingLayer<'_> {
         }
     }
 
-    /// Checks the finished layer, makes it read-only and brings it to stable storage. Returns the
-    /// length of its file and what it takes on disk, in bytes.
     fn seal_layer(&self, record: &Record) -> Result<(u64, u64), ChainError> {
-        let path = self.layer_path();
-        let unusable = |cause| ChainError::LayerUnusable { path: path.to_owned(), cause };
-        let opened = open_regular(path).map_err(ChainError::io("open the layer", path))?;
-        let (file, metadata) = opened.ok_or_else(|| unusable(HeaderError::NotARegularFile))?;
-        let header = Header::read_from(&file, metadata.len()).map_err(unusable)?;
-        header.check_restore_point().map_err(unusable)?;
-        let backing = header.chain_backing().map_err(unusable)?;
-        self.check_planned("backing file", backing, self.backing_name().as_deref())?;
-        self.check_planned("virtual size", Some(header.virtual_size), Some(record.layer_size()))?;
-        let cluster_size = Some(header.cluster_bits.size());
-        self.check_planned("cluster size", cluster_size, Some(self.cluster_size.into()))?;
-        self.check_planned("recorded cluster size", Some(record.cluster_size), Some(self.cluster_size))?;
-        self.check_planned("use of extended L2", Some(header.extended_l2), Some(record.extended_l2))?;
-        // The writer synced it; what that missed is written, or fails, here.
-        durable::seal(&file, path)?;
-        let metadata = file.metadata().map_err(ChainError::io("look at", path))?;
-        Ok((metadata.len(), metadata.blocks().saturating_mul(512)))
-    }
-
-    fn check_planned<T: PartialEq + ToString>(
-        &self,
-        what: &'static str,
-        found: Option<T>,
-        planned: Option<T>,
-    ) -> Result<(), ChainError> {
-        if found == planned {
-            return Ok(());
-        }
-        let text = |value: Option<T>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
-        let path = self.layer_path().to_owned();
-        Err(ChainError::LayerNotAsPlanned { path, what, found: text(found), planned: text(planned) })
+        let planned = Planned {
+            path: self.layer_path(),
+            backing: self.backing_name(),
+            virtual_size: record.layer_size(),
+            cluster_size: self.cluster_size,
+        };
+        let sealed = planned.seal(Some(record.extended_l2))?;
+        planned.check("recorded cluster size", record.cluster_size, self.cluster_size)?;
+        Ok(sealed)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use bytes::Bytes;
 
@@ -79,6 +80,29 @@ impl fmt::Display for Compression {
         }
     }
 }
+
+impl FromStr for Compression {
+    type Err = UnknownCompression;
+
+    /// Reads what [`Display`](fmt::Display) writes.
+    fn from_str(text: &str) -> Result<Self, UnknownCompression> {
+        match text.split_once(':') {
+            None if text == "none" => Ok(Self::None),
+            None if text == "zlib" => Ok(Self::Zlib),
+            None if text == "zstd" => Ok(Self::Zstd { level: None }),
+            Some(("zstd", level)) => match level.parse() {
+                Ok(level @ 1..=22) => Ok(Self::Zstd { level: Some(level) }),
+                _ => Err(UnknownCompression),
+            },
+            _ => Err(UnknownCompression),
+        }
+    }
+}
+
+/// The text names no compression.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a compression: none, zlib, zstd, or zstd: and a level from 1 to 22")]
+pub struct UnknownCompression;
 
 /// What a new layer is to be.
 #[derive(Clone, Debug)]

@@ -33,6 +33,7 @@ pub mod copy;
 pub mod error;
 pub mod extent;
 pub mod layer;
+pub mod merge;
 pub mod nbd;
 pub mod options;
 mod output;
@@ -47,4 +48,6 @@ pub mod rbd;
 pub mod restore;
 pub mod serve;
 pub mod source;
+#[cfg(test)]
+mod testing;
 pub mod verify;

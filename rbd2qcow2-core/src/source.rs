@@ -10,6 +10,7 @@ pub mod chain;
 #[cfg(feature = "rbd")]
 pub mod librbd;
 pub mod memory;
+pub(crate) mod merged;
 pub mod pattern;
 
 /// An error of an implementation underneath a trait of this crate.

@@ -8,11 +8,11 @@
 //! followed upwards through the chain: a point is affected unless a newer layer holds the range itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
-use crate::chain::names::{FileKind, PointFile};
+use crate::chain::names::PointFile;
 use crate::chain::{Catalogue, ChainError, ImageName, PointName, Problem, image_directory};
 use crate::progress::Counter;
 use crate::source::BoxError;
@@ -184,7 +184,7 @@ impl VerifyImage<'_> {
         let needed = with_ancestors(&catalogue, &wanted);
         let mut verdicts = BTreeMap::new();
         for point in needed.iter().filter_map(|name| catalogue.point(*name)) {
-            let verdict = layer::verify(point, &digests_path(&directory, self.image, point.name), self)?;
+            let verdict = layer::verify(point, self)?;
             verdicts.insert(point.name, verdict);
         }
         let mut sources = self.compare_with_snapshots(&catalogue, &wanted)?;
@@ -227,10 +227,6 @@ impl VerifyImage<'_> {
         }
         Ok(self.points.iter().copied().collect::<BTreeSet<_>>().into_iter().collect())
     }
-}
-
-fn digests_path(directory: &Path, image: &ImageName, point: PointName) -> PathBuf {
-    directory.join(PointFile { image: image.clone(), point, kind: FileKind::Digests }.file_name())
 }
 
 /// The points and whatever they build upon, as far as it is there.

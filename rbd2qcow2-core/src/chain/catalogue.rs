@@ -67,6 +67,10 @@ pub struct Point {
     pub layer_bytes: u64,
     /// The length of the layer's file, in bytes.
     pub file_bytes: u64,
+    /// Where its digests are. They need not be there.
+    pub digests: PathBuf,
+    /// Whether manifest and digests still have to take the place of those from before a merge.
+    merged: bool,
     /// Whether the point can be read: its layer and all that it builds upon are there and fit
     /// together. Says nothing of their content.
     pub sound: bool,
@@ -108,6 +112,8 @@ pub struct Catalogue {
     problems: Vec<Problem>,
     /// Files that a killed run left behind.
     leftovers: Vec<PathBuf>,
+    /// Points with files that wait to replace others.
+    unsettled: Vec<PointName>,
     /// The newest name that any file of the image bears.
     last_name: Option<PointName>,
 }
@@ -127,8 +133,12 @@ impl Catalogue {
             points: Vec::new(),
             problems: std::mem::take(&mut files.problems),
             leftovers: Vec::new(),
+            unsettled: Vec::new(),
             last_name: files.by_point.keys().next_back().copied(),
         };
+        let waits = |of_point: &OfPoint| of_point.merged_manifest || of_point.merged_digests;
+        let unsettled = files.by_point.iter().filter(|(_, of_point)| waits(of_point));
+        catalogue.unsettled = unsettled.map(|(name, _)| *name).collect();
         for (&name, of_point) in &files.by_point {
             if of_point.layer == Presence::File {
                 let point = catalogue.read_point(name, of_point);
@@ -169,6 +179,16 @@ impl Catalogue {
     #[must_use]
     pub fn leftovers(&self) -> &[PathBuf] {
         &self.leftovers
+    }
+
+    /// The points with files that a merge has put beside those that they are to replace.
+    pub(super) fn unsettled(&self) -> &[PointName] {
+        &self.unsettled
+    }
+
+    /// Whether the layer of the point is that of a merge, whose other files have to follow.
+    pub(super) fn is_merged(&self, name: PointName) -> bool {
+        self.point(name).is_some_and(|point| point.merged)
     }
 
     /// The note of a run that was killed before the first point of its chain was committed, as it
@@ -248,7 +268,7 @@ impl Catalogue {
         Ok(paths)
     }
 
-    fn no_such_point(&self, point: PointName) -> Problem {
+    pub(super) fn no_such_point(&self, point: PointName) -> Problem {
         Problem::NoSuchPoint { path: self.path_of(point, FileKind::Layer), point }
     }
 
@@ -256,15 +276,18 @@ impl Catalogue {
         self.points.binary_search_by_key(&name, |point| point.name).ok()
     }
 
+    fn file_of(&self, point: PointName, kind: FileKind) -> PointFile {
+        PointFile { image: self.image.clone(), point, kind }
+    }
+
     fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
-        self.directory.join(PointFile { image: self.image.clone(), point, kind }.file_name())
+        self.directory.join(self.file_of(point, kind).file_name())
     }
 
     /// Reads header and manifest of one point and compares them.
     fn read_point(&mut self, name: PointName, files: &OfPoint) -> Point {
         let path = self.path_of(name, FileKind::Layer);
         let mut examined = Examined { path: path.clone(), problems: Vec::new(), fatal: None };
-        let manifest = self.read_manifest(name, files, &mut examined);
         let (layer_bytes, file_bytes) = match fs::symlink_metadata(&path) {
             Ok(metadata) => (metadata.blocks().saturating_mul(512), metadata.len()),
             Err(error) => {
@@ -274,6 +297,16 @@ impl Catalogue {
         };
         let header = examined.header();
         let link = header.as_ref().and_then(|header| self.link(name, header, &mut examined));
+        let merged = self.merged_manifest(name, files, link);
+        let is_merged = merged.is_some();
+        let digests = match is_merged && files.merged_digests {
+            true => self.directory.join(self.file_of(name, FileKind::Digests).merged_name()),
+            false => self.path_of(name, FileKind::Digests),
+        };
+        let manifest = merged.or_else(|| self.read_manifest(name, &mut examined));
+        if let Some(manifest) = &manifest {
+            self.check_digests_length(manifest, files, &digests, &mut examined);
+        }
         if let Some(manifest) = &manifest {
             examined.compare(manifest, header.as_ref(), link, file_bytes);
         }
@@ -289,22 +322,49 @@ impl Catalogue {
             manifest,
             layer_bytes,
             file_bytes,
+            digests,
+            merged: is_merged,
             sound: false,
             fatal,
         }
     }
 
-    fn read_manifest(&self, name: PointName, files: &OfPoint, examined: &mut Examined) -> Option<Manifest> {
+    /// The manifest that a merge has put beside the other, if the layer is that of the merge: it has
+    /// another parent than before.
+    fn merged_manifest(
+        &self,
+        name: PointName,
+        files: &OfPoint,
+        link: Option<Option<PointName>>,
+    ) -> Option<Manifest> {
+        if !files.merged_manifest {
+            return None;
+        }
+        let path = self.directory.join(self.file_of(name, FileKind::Manifest).merged_name());
+        let manifest = Manifest::read(&path, &self.image, name).ok()?;
+        (link == Some(manifest.parent)).then_some(manifest)
+    }
+
+    fn read_manifest(&self, name: PointName, examined: &mut Examined) -> Option<Manifest> {
         let path = self.path_of(name, FileKind::Manifest);
-        let manifest = match Manifest::read(&path, &self.image, name) {
-            Ok(manifest) => manifest,
-            Err(ManifestError::Missing) if name.is_python() => return None,
+        match Manifest::read(&path, &self.image, name) {
+            Ok(manifest) => Some(manifest),
+            Err(ManifestError::Missing) if name.is_python() => None,
             Err(cause) => {
                 examined.problems.push(Problem::Manifest { path, cause: cause.into() });
-                return None;
+                None
             }
-        };
-        let path = self.path_of(name, FileKind::Digests);
+        }
+    }
+
+    fn check_digests_length(
+        &self,
+        manifest: &Manifest,
+        files: &OfPoint,
+        path: &Path,
+        examined: &mut Examined,
+    ) {
+        let path = path.to_owned();
         let expected = manifest.digests.bytes;
         match fs::symlink_metadata(&path) {
             // Something else of that name was reported as such.
@@ -315,7 +375,6 @@ impl Catalogue {
             }
             Err(_) => examined.problems.push(Problem::DigestsMissing { path }),
         }
-        Some(manifest)
     }
 
     /// The parent by the header: `Some(None)` for a layer that stands alone.

@@ -48,6 +48,17 @@ pub struct PendingMerge<'w> {
     files: Vec<PathBuf>,
 }
 
+/// What a layer that replaces another is.
+#[derive(Clone, Debug)]
+pub struct MergedLayer {
+    /// The size that its header tells, in bytes.
+    pub virtual_size: u64,
+    /// Whether its clusters have subclusters.
+    pub extended_l2: bool,
+    /// What the point's manifest is to say; `None` for a point without one.
+    pub record: Option<Record>,
+}
+
 impl ChainWriter {
     /// Begins a layer that is to replace the one of `child` and to build upon `parent`, one of the
     /// points below, or upon nothing. `cluster_size` is the new layer's, in bytes. Nothing is visible to
@@ -233,8 +244,7 @@ impl PendingMerge<'_> {
         self.digests.as_ref()
     }
 
-    /// Puts the layer into the old one's place. Its writer must have finished. `record` is what the
-    /// manifest is to say; without a manifest only its sizes count.
+    /// Puts the layer into the old one's place. Its writer must have finished.
     ///
     /// The points that build upon the child read the same before and after, and at any moment between.
     ///
@@ -242,14 +252,17 @@ impl PendingMerge<'_> {
     /// [`ChainError`]. With [`ChainError::CommitUncertain`] the new layer may be in place, or come to be
     /// after a power failure; the points below must stay until that is certain. After every other error
     /// before the commit all is as it was. The next run completes or removes what is left.
-    pub fn commit(mut self, record: &Record) -> Result<(), ChainError> {
+    ///
+    /// # Panics
+    /// Where the point has a manifest, and `layer` has nothing for it.
+    pub fn commit(mut self, layer: MergedLayer) -> Result<(), ChainError> {
         let planned = Planned {
             path: &self.paths.layer_partial,
             backing: self.backing_name(),
-            virtual_size: record.layer_size(),
+            virtual_size: layer.virtual_size,
             cluster_size: self.cluster_size,
         };
-        let (file_bytes, layer_bytes) = planned.seal(Some(record.extended_l2))?;
+        let (file_bytes, layer_bytes) = planned.seal(Some(layer.extended_l2))?;
         let digests = self.digests.take();
         let with_manifest = digests.is_some();
         if let Some(digests) = digests {
@@ -258,7 +271,7 @@ impl PendingMerge<'_> {
                 image: self.writer.image.clone(),
                 point: self.child,
                 parent: self.parent,
-                record: record.clone(),
+                record: layer.record.expect("the point has a manifest"),
                 file_bytes,
                 layer_bytes,
                 digests: digests.finish()?,

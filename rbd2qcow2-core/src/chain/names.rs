@@ -17,6 +17,9 @@ const ENCODED_MAX: usize = FILE_NAME_MAX - LONGEST_AFFIXES;
 /// Behind the name of a file that is still being written.
 const PARTIAL_SUFFIX: &str = ".partial";
 
+/// Ends the names of files that are to replace others.
+const MERGED_SUFFIX: &str = ".merged";
+
 /// Why something is not a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -397,6 +400,18 @@ impl PointFile {
     #[must_use]
     pub fn partial_name(&self) -> String {
         format!(".{}{PARTIAL_SUFFIX}", self.file_name())
+    }
+
+    /// Its name while it waits to replace the file of that name: `.<image>@<point><suffix>.merged`.
+    #[must_use]
+    pub fn merged_name(&self) -> String {
+        format!(".{}{MERGED_SUFFIX}", self.file_name())
+    }
+
+    /// The file whose [`merged_name`](Self::merged_name) `name` is, if it is one.
+    #[must_use]
+    pub fn parse_merged(name: &str) -> Option<Self> {
+        Self::parse(name.strip_prefix('.')?.strip_suffix(MERGED_SUFFIX)?)
     }
 
     /// The file whose [`file_name`](Self::file_name) `name` is, if it is one.

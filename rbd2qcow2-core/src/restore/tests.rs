@@ -8,84 +8,20 @@ use proptest::sample::Index;
 
 use super::*;
 use crate::chain::lock::ChainLock;
-use crate::chain::manifest::tests::record;
-use crate::chain::{Catalogue, ChainError, ChainWriter, LayerPlan, Problem, Record};
+use crate::chain::{Catalogue, ChainError, ChainWriter, Problem};
 use crate::error::Causes;
-use crate::layer::native::testing::{
-    Form, Step, cases, form, image as image_steps, next_content, spec_of, write,
-};
+use crate::layer::native::testing::{Form, cases, form, image as image_steps};
 use crate::layer::qemu_nbd::testing::{Random, contents, qemu_img, qemus};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::check::check;
 use crate::qcow2::layer::LayerReader;
 use crate::qcow2::testing::{VARIANTS, make, qemu};
 
+use crate::testing::Fixture;
+
 mod faults;
 
-/// A destination with one image, and a directory to restore to.
-pub(super) struct Fixture {
-    dest: tempfile::TempDir,
-    out: tempfile::TempDir,
-    image: ImageName,
-    /// What each point holds, the oldest first.
-    pub(super) points: Vec<(PointName, Vec<u8>)>,
-}
-
 impl Fixture {
-    fn empty(image: &str) -> Self {
-        let directory = || tempfile::tempdir().expect("a directory");
-        let image = ImageName::new(image).expect("a name");
-        Self { dest: directory(), out: directory(), image, points: Vec::new() }
-    }
-
-    /// An image with a point for each step.
-    pub(super) fn new(steps: &[Step]) -> Self {
-        let mut fixture = Self::empty("vm/1");
-        for (form, image) in steps {
-            let old = fixture.points.last().map_or(&[][..], |(_, content)| content);
-            fixture.back_up(form, next_content(old, image));
-        }
-        fixture
-    }
-
-    /// Points of so many bytes each, alike but for the part that changes.
-    pub(super) fn of_sizes(sizes: &[usize]) -> Self {
-        let mut fixture = Self::empty("vm");
-        for (number, size) in (1..).zip(sizes) {
-            let mut content = vec![0; *size];
-            for (index, byte) in content.iter_mut().enumerate().skip(number << 16).take(3 << 16) {
-                *byte = index as u8 ^ number as u8;
-            }
-            fixture.back_up(&plain(), content);
-        }
-        fixture
-    }
-
-    fn back_up(&mut self, form: &Form, content: Vec<u8>) {
-        let writer = ChainWriter::open(self.dest.path(), &self.image).expect("opened");
-        let time = jiff::Timestamp::from_second(1_700_000_000 + self.points.len() as i64).expect("a time");
-        let point = PointName::at(time).expect("a name");
-        let cluster_size = 1 << form.cluster_bits;
-        let parent = writer.catalogue().newest();
-        let pending = writer.begin(LayerPlan { point, parent, cluster_size }).expect("begun");
-        let mut spec = spec_of(self.dest.path(), "layer", content.len(), pending.backing_name(), form);
-        spec.path = pending.layer_path().to_owned();
-        let base = self.points.last().map(|(_, content)| content.as_slice());
-        let layer = write(&spec, &content, base, form.block);
-        let extended_l2 = layer.grain() < u64::from(cluster_size);
-        let record = Record { cluster_size, extended_l2, ..record(content.len() as u64, point) };
-        pending.commit(record).expect("committed");
-        self.points.push((point, content));
-    }
-
-    fn directory(&self) -> PathBuf {
-        self.dest.path().join(self.image.encoded())
-    }
-
-    fn layer(&self, index: usize) -> PathBuf {
-        self.directory().join(format!("{}@{}.qcow2", self.image.encoded(), self.points[index].0))
-    }
-
     pub(super) fn restore(&self, point: Option<PointName>) -> Restore {
         Restore {
             dest: self.dest.path().to_owned(),
@@ -111,10 +47,6 @@ impl Fixture {
 fn names_in(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).expect("listed");
     entries.map(|entry| entry.expect("listed").file_name().into_string().expect("UTF-8")).collect()
-}
-
-fn plain() -> Form {
-    Form { cluster_bits: 16, extended_l2: ExtendedL2::Auto, compression: Compression::None, block: 4096 }
 }
 
 fn format_of(form: &Form) -> FileFormat {

@@ -37,9 +37,10 @@ impl Verdict {
     }
 }
 
-/// Verifies the layer of `point`, whose digests are at `digests`. What the catalogue has found is not
+/// Verifies the layer of `point`. What the catalogue has found is not
 /// repeated.
-pub(super) fn verify(point: &Point, digests: &Path, run: &VerifyImage<'_>) -> Result<Verdict, VerifyError> {
+pub(super) fn verify(point: &Point, run: &VerifyImage<'_>) -> Result<Verdict, VerifyError> {
+    let digests = point.digests.as_path();
     let mut verdict = Verdict::default();
     let layer = match LayerReader::open(&point.path) {
         Ok(layer) => layer,

@@ -14,6 +14,9 @@ use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
 use crate::source::memory::MemorySource;
 
+use crate::chain::names::FileKind;
+use std::path::PathBuf;
+
 mod source;
 
 const POINTS: [&str; 4] = ["20261122T173312Z", "20261123T173307Z", "20261124T173307Z", "20261125T173307Z"];

@@ -9,7 +9,7 @@ use super::{PYTHON_ROOT, Problem};
 use crate::chain::error::ChainError;
 use crate::chain::lock::LOCK_FILE;
 use crate::chain::names::{FileKind, ImageName, PointFile, PointName};
-use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL};
+use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL, FORGET_FILE, FORGET_PARTIAL};
 
 /// The directories of images in a destination.
 #[derive(Clone, Debug, Default)]
@@ -115,6 +115,10 @@ pub(super) struct OfPoint {
     pub(super) layer: Presence,
     pub(super) manifest: Presence,
     pub(super) digests: Presence,
+    /// A manifest that waits to replace the other.
+    pub(super) merged_manifest: bool,
+    /// Digests that wait to replace the others.
+    pub(super) merged_digests: bool,
 }
 
 /// The directory's entries by what they are.
@@ -139,16 +143,29 @@ impl Files {
     }
 
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
-        if [LOCK_FILE, ANNOUNCEMENT_FILE, PYTHON_ROOT].contains(&name) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, PYTHON_ROOT].contains(&name) {
             return;
         }
         let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
-        if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
+        if partial.is_some() || [ANNOUNCEMENT_PARTIAL, FORGET_PARTIAL].contains(&name) {
             // No run makes a directory of that name, so none may remove it.
             if path.is_dir() && !path.is_symlink() {
                 self.problems.push(Problem::NotARegularFile { path });
             } else {
                 self.partial.push(path);
+            }
+            return;
+        }
+        if let Some(file) = PointFile::parse_merged(name)
+            && file.image == *image
+            && file.kind != FileKind::Layer
+            && path.is_file()
+            && !path.is_symlink()
+        {
+            let of_point = self.by_point.entry(file.point).or_default();
+            match file.kind {
+                FileKind::Manifest => of_point.merged_manifest = true,
+                FileKind::Digests | FileKind::Layer => of_point.merged_digests = true,
             }
             return;
         }

@@ -114,9 +114,24 @@ pub(crate) type Step = (Form, (usize, Vec<(usize, Stretch)>));
 
 /// Writes a layer that makes `content` out of what `base` says.
 pub(crate) fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block: usize) -> NativeLayer {
-    let layer = NativeLayer::create(spec, Compressors::default()).expect("created");
     let digests_path = spec.path.with_extension("digests");
     let digests = DigestWriter::create(&digests_path, spec.cluster_size).expect("created");
+    let layer = write_with(spec, content, base, block, &digests);
+    digests.finish().expect("finished");
+    check_digests(&spec.path, &digests_path);
+    std::fs::remove_file(digests_path).expect("removed");
+    layer
+}
+
+/// As [`write`], and hands over the digests.
+pub(crate) fn write_with(
+    spec: &LayerSpec,
+    content: &[u8],
+    base: Option<&[u8]>,
+    block: usize,
+    digests: &DigestWriter,
+) -> NativeLayer {
+    let layer = NativeLayer::create(spec, Compressors::default()).expect("created");
     let source = MemorySource {
         content: content.to_vec(),
         base: base.map(<[u8]>::to_vec),
@@ -128,7 +143,7 @@ pub(crate) fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block
         source: &source,
         layer: &layer,
         root: base.is_none(),
-        digests: Some(&digests),
+        digests: Some(digests),
         buffers: &BufferPool::new(4 << 20),
         rate_limit: None,
         parallel: 3,
@@ -138,9 +153,6 @@ pub(crate) fn write(spec: &LayerSpec, content: &[u8], base: Option<&[u8]>, block
     };
     copy.run().expect("copied");
     layer.finish().expect("finished");
-    digests.finish().expect("finished");
-    check_digests(&spec.path, &digests_path);
-    std::fs::remove_file(digests_path).expect("removed");
     layer
 }
 

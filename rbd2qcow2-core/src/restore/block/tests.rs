@@ -12,9 +12,9 @@ use crate::buffer::Buffer;
 use crate::compare::GRAIN;
 use crate::extent::{Extent, ExtentKind, is_zero};
 use crate::layer::native::testing::{Stretch, cases, form, image as image_steps};
-use crate::restore::tests::Fixture;
 use crate::source::SourceError;
 use crate::source::memory::MemorySource;
+use crate::testing::Fixture;
 
 /// A block image in memory, with faults on demand.
 #[derive(Default)]

@@ -1,0 +1,245 @@
+//! Putting the layers of several points into one, so that points can be forgotten without those that
+//! build upon them.
+//!
+//! When the points between a point that stays and one of its ancestors go, it takes over what they hold:
+//! a new layer is written aside by the same pipeline that makes backups, with the newest layers of the
+//! chain as the source, and replaces the point's ([`chain::PendingMerge`](crate::chain::PendingMerge)).
+//! Nothing here decides which points go.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::buffer::BufferPool;
+use crate::cancel::Cancel;
+use crate::chain::{ChainError, ChainWriter, MergedLayer, Point, PointName, Record};
+use crate::copy::{self, Copy, CopyError};
+use crate::layer::native::{Compressors, NativeLayer};
+use crate::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter};
+use crate::progress::Progress;
+use crate::qcow2::chain::ChainReader;
+use crate::qcow2::error::ReadError;
+use crate::source::merged::MergedSource;
+
+/// The least memory for image data that a merge works with, whatever it was told.
+const LEAST_MEMORY: usize = 16 << 20;
+
+/// Room that is left on the file system besides, in bytes: manifests, digests, and what others write.
+const SPARE: u64 = 16 << 20;
+
+/// Why layers were not put into one. The chain is as it was, unless a variant says otherwise.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MergeError {
+    /// The chain could not be read or changed; see there for what it means for the chain.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// A layer is damaged.
+    #[error("cannot read the chain of point {point}")]
+    Read {
+        /// The point that was to take over.
+        point: PointName,
+        /// What is wrong, with which file.
+        #[source]
+        cause: ReadError,
+    },
+    /// The new layer may need more room than there is.
+    #[error(
+        "merging into point {point} may take {needed} bytes in {}, and {free} are free; nothing was changed",
+        path.display()
+    )]
+    NoSpace {
+        /// The point that was to take over.
+        point: PointName,
+        /// The directory of the image.
+        path: PathBuf,
+        /// What the layers that are put into one take, in bytes, and some room to spare.
+        needed: u64,
+        /// What is free, in bytes.
+        free: u64,
+    },
+    /// How much is free could not be found out.
+    #[error("cannot find out how much space is free in {}", path.display())]
+    Free {
+        /// The directory of the image.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// The new layer could not be written.
+    #[error("cannot write what point {point} takes over")]
+    Layer {
+        /// The point.
+        point: PointName,
+        /// Why.
+        #[source]
+        cause: LayerError,
+    },
+    /// The copy failed.
+    #[error("cannot copy what point {point} takes over")]
+    Copy {
+        /// The point.
+        point: PointName,
+        /// Why.
+        #[source]
+        cause: CopyError,
+    },
+    /// A stop was asked for. Nothing of this merge was kept.
+    #[error("interrupted")]
+    Cancelled,
+}
+
+/// How layers are put into one. `Default` is what the program does.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct MergeOptions {
+    /// Reads in flight, at least 1.
+    pub parallel: usize,
+    /// Bytes of image data that may be in memory.
+    pub memory: usize,
+}
+
+impl Default for MergeOptions {
+    fn default() -> Self {
+        Self { parallel: 8, memory: 48 << 20 }
+    }
+}
+
+/// A merge: the point `child` takes over what the points below it hold, down to `parent`, which it builds
+/// upon from then on.
+#[derive(Clone, Copy)]
+pub struct Merge<'a> {
+    /// The image's directory.
+    pub writer: &'a ChainWriter,
+    /// The point that takes over.
+    pub child: PointName,
+    /// One of those below it; `None` for all, so that the child stands alone.
+    pub parent: Option<PointName>,
+    /// How.
+    pub options: &'a MergeOptions,
+    /// What packs clusters.
+    pub compressors: &'a Compressors,
+    /// Is counted up, from 0.
+    pub progress: &'a Progress,
+    /// Asks for a stop.
+    pub cancel: &'a Cancel,
+}
+
+impl Merge<'_> {
+    /// Writes the new layer and puts it into the old one's place. Blocks.
+    ///
+    /// All points read the same before and after, and at every moment between, also where this process
+    /// dies. The points that the child has taken over are still there: they are removed by
+    /// [`ChainWriter::forget`].
+    ///
+    /// # Errors
+    /// [`MergeError`].
+    pub fn run(&self) -> Result<(), MergeError> {
+        let points = self.points()?;
+        let child = points[0];
+        let merged = match self.parent {
+            None => points.len(),
+            Some(parent) => points.iter().position(|point| point.name == parent).unwrap_or(points.len()),
+        };
+        self.check_space(&points[..merged])?;
+        let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
+        // What the first layer of a Python chain builds upon is empty.
+        let merged = if self.parent.is_none() { paths.len() } else { merged };
+        let chain =
+            ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
+        let spec = self.spec(&points, &chain);
+        let pending = self.writer.begin_merge(self.child, self.parent, spec.cluster_size)?;
+        let spec =
+            LayerSpec { path: pending.layer_path().to_owned(), backing: pending.backing_name(), ..spec };
+        let failed = |cause| MergeError::Layer { point: self.child, cause };
+        let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
+        self.copy(&MergedSource::new(&chain, merged), &layer, pending.digests())?;
+        let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
+        drop(layer);
+        if self.cancel.is_set() {
+            return Err(MergeError::Cancelled);
+        }
+        let record = child.manifest.as_ref().map(|manifest| Record {
+            data_extents: self.progress.data_extents.get(),
+            data_bytes: self.progress.data.get(),
+            zero_extents: self.progress.zero_extents.get(),
+            zero_bytes: self.progress.zero.get(),
+            writer: "native".to_owned(),
+            compression: spec.compression.to_string(),
+            cluster_size: spec.cluster_size,
+            extended_l2,
+            ..manifest.record.clone()
+        });
+        Ok(pending.commit(MergedLayer { virtual_size: spec.virtual_size, extended_l2, record })?)
+    }
+
+    /// The child and all that it builds upon.
+    fn points(&self) -> Result<Vec<&Point>, MergeError> {
+        self.writer.catalogue().ancestry(self.child).map_err(|problem| self.unsound(problem))
+    }
+
+    fn unsound(&self, cause: crate::chain::Problem) -> MergeError {
+        let path = self.writer.directory().to_owned();
+        ChainError::ParentUnsound { path, point: self.child, cause: cause.into() }.into()
+    }
+
+    /// The new layer has the form of the one that it replaces, and is packed if any of those that are
+    /// put into it was.
+    fn spec(&self, points: &[&Point], chain: &ChainReader) -> LayerSpec {
+        let header = chain.layers()[0].header();
+        let packed = points.iter().take_while(|point| Some(point.name) != self.parent).filter_map(|point| {
+            let recorded = point.manifest.as_ref()?.record.compression.parse().ok()?;
+            (recorded != Compression::None).then_some(recorded)
+        });
+        LayerSpec {
+            path: PathBuf::new(),
+            virtual_size: header.virtual_size,
+            backing: None,
+            cluster_size: u32::try_from(header.cluster_bits.size()).expect("at most 2 MiB"),
+            compression: packed.into_iter().next().unwrap_or_default(),
+            extended_l2: if header.extended_l2 { ExtendedL2::Auto } else { ExtendedL2::Off },
+        }
+    }
+
+    /// Looks whether there is room for all that is put into one.
+    fn check_space(&self, points: &[&Point]) -> Result<(), MergeError> {
+        let path = self.writer.directory();
+        let needed = points.iter().map(|point| point.layer_bytes).sum::<u64>() + SPARE;
+        let found = rustix::fs::statvfs(path)
+            .map_err(|cause| MergeError::Free { path: path.to_owned(), cause: cause.into() })?;
+        let free = found.f_bavail.saturating_mul(found.f_frsize);
+        if free < needed {
+            return Err(MergeError::NoSpace { point: self.child, path: path.to_owned(), needed, free });
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        source: &MergedSource<'_>,
+        layer: &NativeLayer,
+        digests: Option<&crate::chain::digests::DigestWriter>,
+    ) -> Result<(), MergeError> {
+        let copy = Copy {
+            source,
+            layer,
+            root: self.parent.is_none(),
+            digests,
+            buffers: &BufferPool::new(self.options.memory.max(LEAST_MEMORY)),
+            rate_limit: None,
+            parallel: self.options.parallel,
+            progress: self.progress,
+            cancel: self.cancel,
+            stop: &self.cancel.part(),
+        };
+        let copied = copy.run().and_then(|_| copy::finish(layer, self.cancel));
+        copied.map_err(|cause| match cause {
+            _ if self.cancel.is_set() => MergeError::Cancelled,
+            CopyError::Layer(cause) => MergeError::Layer { point: self.child, cause },
+            cause => MergeError::Copy { point: self.child, cause },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,259 @@
+#![allow(clippy::cast_possible_truncation, reason = "offsets in test data are small")]
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+
+use super::*;
+use crate::chain::durable::fault::{self, Fault};
+use crate::chain::{Catalogue, image_directory};
+use crate::layer::native::testing::{cases, form, image};
+use crate::layer::qemu_nbd::testing::qemus;
+use crate::qcow2::check::check;
+use crate::qcow2::layer::LayerReader;
+use crate::testing::{Fixture, plain};
+use crate::verify::{VerifyImage, VerifyOptions, VerifyProgress, VerifyStatus};
+
+impl Fixture {
+    fn writer(&self) -> ChainWriter {
+        ChainWriter::open(self.dest.path(), &self.image).expect("opened")
+    }
+
+    fn names(&self) -> Vec<PointName> {
+        self.points.iter().map(|(name, _)| *name).collect()
+    }
+
+    /// Forgets points, after those that stay have taken over what they held.
+    fn forget(&mut self, gone: &BTreeSet<PointName>) -> Result<(), MergeError> {
+        let mut writer = ChainWriter::open(self.dest.path(), &self.image)?;
+        writer.note_forgetting(&gone.iter().copied().collect::<Vec<_>>())?;
+        merge_around(&mut writer, gone)?;
+        writer.forget()?;
+        Ok(())
+    }
+
+    /// Every point that there is reads as it was backed up, by our reader, and its layer is sound.
+    fn check_content(&self) -> Vec<PointName> {
+        let catalogue = Catalogue::read(&self.directory(), &self.image).expect("read");
+        for point in catalogue.points() {
+            let (_, content) = self.points.iter().find(|(name, _)| *name == point.name).expect("known");
+            let chain = ChainReader::open(&catalogue.layers(point.name).expect("sound")).expect("readable");
+            let mut found = vec![0xee; content.len().next_multiple_of(512)];
+            assert_eq!(chain.virtual_size(), found.len() as u64);
+            chain.read_at(0, &mut found).expect("readable");
+            let mut wanted = content.clone();
+            wanted.resize(found.len(), 0);
+            assert!(found == wanted, "{} has changed", point.name);
+            let layer = LayerReader::open(&point.path).expect("readable");
+            assert!(check(&layer, &Cancel::new(), &mut |_| {}).expect("checked").is_clean());
+        }
+        catalogue.points().iter().map(|point| point.name).collect()
+    }
+
+    /// As `check_content`, and digests and manifests tell the same; nothing else lies there.
+    fn check_all(&self, there: &[PointName]) {
+        assert_eq!(self.check_content(), there);
+        let catalogue = Catalogue::read(&self.directory(), &self.image).expect("read");
+        assert_eq!(catalogue.problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [""; 0]);
+        assert!(catalogue.leftovers().is_empty(), "{:?}", catalogue.leftovers());
+        let verify = VerifyImage {
+            dest: self.dest.path(),
+            image: &self.image,
+            points: &[],
+            options: &VerifyOptions::default(),
+            snapshots: None,
+            progress: &VerifyProgress::default(),
+            cancel: &Cancel::new(),
+        };
+        for report in verify.run().expect("verified") {
+            assert_eq!(report.status, VerifyStatus::Ok, "{report:?}");
+        }
+        let files = fs::read_dir(self.directory()).expect("listed").count();
+        assert_eq!(files, 3 * there.len() + 1, "the lock and three files for each point");
+    }
+}
+
+/// Puts what goes into what stays.
+fn merge_around(writer: &mut ChainWriter, gone: &BTreeSet<PointName>) -> Result<(), MergeError> {
+    let names: Vec<_> = writer.catalogue().points().iter().map(|point| point.name).collect();
+    for name in names.into_iter().filter(|name| !gone.contains(name)) {
+        let below = writer.catalogue().ancestry(name).expect("sound");
+        let direct = below.get(1).is_some_and(|parent| gone.contains(&parent.name));
+        if !direct {
+            continue;
+        }
+        let parent = below[1..].iter().map(|point| point.name).find(|name| !gone.contains(name));
+        let merge = Merge {
+            writer,
+            child: name,
+            parent,
+            options: &MergeOptions { parallel: 2, ..MergeOptions::default() },
+            compressors: &Compressors::default(),
+            progress: &Progress::default(),
+            cancel: &Cancel::new(),
+        };
+        merge.run()?;
+        writer.refresh()?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+    /// Points go in any order, until the newest is alone; and backups go on in between.
+    #[test]
+    fn what_stays_reads_the_same_whatever_goes(
+        steps in prop::collection::vec((form(), image()), 2..7),
+        going in prop::collection::vec((any::<Index>(), 1_usize..4), 1..5),
+        next in (form(), image())
+    ) {
+        let mut fixture = Fixture::new(&steps);
+        let mut there = fixture.names();
+        for (number, (which, count)) in going.into_iter().enumerate() {
+            if there.len() < 2 {
+                break;
+            }
+            let start = which.index(there.len() - 1);
+            let end = (start + count).min(there.len() - 1);
+            let gone: BTreeSet<_> = there.drain(start..end).collect();
+            fixture.forget(&gone).unwrap();
+            fixture.check_all(&there);
+            if number == 1 {
+                let old = fixture.points.last().unwrap().1.clone();
+                let content = crate::layer::native::testing::next_content(&old, &next.1);
+                fixture.back_up(&next.0, content);
+                there.push(fixture.points.last().unwrap().0);
+                fixture.check_all(&there);
+            }
+        }
+    }
+}
+
+/// Points that are not next to each other go in one run.
+#[test]
+fn several_gaps_at_once() {
+    let mut fixture = Fixture::of_sizes(&[1 << 20, 900_000, 1 << 20, 500_000, 1 << 20, 1 << 20]);
+    let names = fixture.names();
+    fixture.forget(&[names[0], names[2], names[3]].into()).expect("forgotten");
+    fixture.check_all(&[names[1], names[4], names[5]]);
+    let catalogue = Catalogue::read(&fixture.directory(), &fixture.image).expect("read");
+    let parents: Vec<_> = catalogue.points().iter().map(|point| point.parent).collect();
+    assert_eq!(parents, [None, Some(names[1]), Some(names[4])]);
+}
+
+/// Killed before any step, or with any step failing: what stays reads the same, and the next run
+/// finishes or undoes it.
+#[test]
+fn crashes_at_every_step_harm_nothing() {
+    let sizes = [600_000, 500_000, 600_000, 700_000];
+    let mut clean = Fixture::of_sizes(&sizes);
+    let names = clean.names();
+    let gone: BTreeSet<_> = [names[1], names[2]].into();
+    fault::plan(None);
+    clean.forget(&gone).expect("forgotten");
+    let steps = fault::steps();
+    assert!(steps.len() > 15, "{steps:?}");
+    for kind in [Fault::Crash, Fault::Fail] {
+        for (at, step) in steps.iter().enumerate() {
+            let mut fixture = Fixture::of_sizes(&sizes);
+            fault::plan(Some((at, kind)));
+            let result = fixture.forget(&gone);
+            fault::steps();
+            let context = format!("{kind:?} at step {at}, {step}: {result:?}");
+            assert!(result.is_err() || kind == Fault::Fail, "{context}");
+            // As it lies there, with nothing put in order.
+            let there = fixture.check_content();
+            assert!(there.starts_with(&names[..1]) && there.ends_with(&names[3..]), "{context}");
+            // Putting in order is the next writer's, who may die too.
+            drop(fixture.writer());
+            let there = fixture.check_content();
+            fixture.check_all(&there);
+            fixture
+                .forget(&gone.iter().copied().filter(|name| there.contains(name)).collect())
+                .expect("forgotten");
+            fixture.check_all(&[names[0], names[3]]);
+        }
+    }
+}
+
+/// The run that puts things in order is cut short as well.
+#[test]
+fn putting_in_order_can_be_cut_short_too() {
+    let sizes = [600_000, 500_000, 600_000];
+    let gone = |fixture: &Fixture| BTreeSet::from([fixture.names()[1]]);
+    let mut clean = Fixture::of_sizes(&sizes);
+    fault::plan(None);
+    clean.forget(&gone(&clean)).expect("forgotten");
+    let steps = fault::steps();
+    let commit = steps.iter().rposition(|step| step.starts_with("replace") && step.ends_with(".qcow2"));
+    let commit = commit.expect("a commit");
+    for first in commit..steps.len() {
+        for second in 0..12 {
+            let mut fixture = Fixture::of_sizes(&sizes);
+            let names = fixture.names();
+            fault::plan(Some((first, Fault::Crash)));
+            fixture.forget(&gone(&fixture)).expect_err("cut short");
+            fault::plan(Some((second, Fault::Crash)));
+            let opened = ChainWriter::open(fixture.dest.path(), &fixture.image).map(drop);
+            fault::steps();
+            fixture.check_content();
+            drop(fixture.writer());
+            let there = fixture.check_content();
+            fixture.check_all(&there);
+            assert!(
+                there == [names[0], names[2]] || first == commit,
+                "{first} {second} {opened:?} {there:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn stock_qemu_reads_what_was_merged() {
+    for tools in qemus() {
+        let mut fixture = Fixture::of_sizes(&[1 << 20, 300_000, 900_000, 1 << 20]);
+        let names = fixture.names();
+        fixture.forget(&[names[1], names[2]].into()).expect("forgotten");
+        for (name, content) in [&fixture.points[0], &fixture.points[3]] {
+            let layer = format!("{}@{name}.qcow2", fixture.image.encoded());
+            let mut wanted = content.clone();
+            wanted.resize(content.len().next_multiple_of(512), 0);
+            let found = crate::layer::qemu_nbd::testing::contents(&tools, &fixture.directory(), &layer);
+            assert!(found == wanted, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_is_noticed_before() {
+    let mut fixture = Fixture::of_sizes(&[1 << 20, 1 << 20]);
+    let names = fixture.names();
+    // A file of more blocks than any disk has free is not to be had: this is the arithmetic.
+    let writer = fixture.writer();
+    let mut point = writer.catalogue().points()[0].clone();
+    point.layer_bytes = u64::MAX / 4;
+    let merge = Merge {
+        writer: &writer,
+        child: names[1],
+        parent: None,
+        options: &MergeOptions::default(),
+        compressors: &Compressors::default(),
+        progress: &Progress::default(),
+        cancel: &Cancel::new(),
+    };
+    let error = merge.check_space(&[&point]).expect_err("too large");
+    assert!(
+        matches!(error, MergeError::NoSpace { .. }) && error.to_string().contains("nothing was changed"),
+        "{error}"
+    );
+    let cancelled = Cancel::new();
+    cancelled.set();
+    let error = Merge { cancel: &cancelled, ..merge }.run().expect_err("cancelled");
+    assert!(matches!(error, MergeError::Cancelled), "{error:?}");
+    drop(writer);
+    fixture.check_all(&names);
+    fixture.back_up(&plain(), vec![1; 5000]);
+    assert!(image_directory(fixture.dest.path(), &fixture.image).exists());
+}
