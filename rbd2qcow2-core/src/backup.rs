@@ -208,9 +208,13 @@ impl Backup<'_> {
         self.observer.stage(self.image, stage);
     }
 
+    fn time(&self) -> jiff::Timestamp {
+        self.options.time.unwrap_or_else(jiff::Timestamp::now)
+    }
+
     /// Names the point and its snapshot. A new chain's name is on disk before anything is made of it.
     fn name_snapshot(&self, chain: &ChainWriter, plan: &Plan) -> Result<SnapshotName, BackupError> {
-        let (point, clock_went_back) = chain.next_point(jiff::Timestamp::now())?;
+        let (point, clock_went_back) = chain.next_point(self.time())?;
         if clock_went_back {
             log::warn!(
                 "{}: the newest point is not older than this machine's clock; the new one is named {point}",
@@ -293,7 +297,7 @@ impl Backup<'_> {
         let parent = source.image().parent()?;
         Ok(Record {
             chain: taken.name.chain,
-            created: jiff::Timestamp::now(),
+            created: self.time(),
             fsid: self.fsid.to_owned(),
             pool: self.pool_name.to_owned(),
             namespace: self.namespace.to_owned(),

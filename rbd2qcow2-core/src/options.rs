@@ -82,6 +82,9 @@ pub struct BackupOptions {
     pub dry_run: bool,
     /// How long the cluster may leave one request unanswered before the image is given up.
     pub patience: Duration,
+    /// The time that points are named for, so that those of several images bear one name; `None`: when
+    /// each backup begins. A point is newer than all others of its image in any case.
+    pub time: Option<jiff::Timestamp>,
     /// The program `qemu-img`. Only [`Writer::QemuNbd`] needs it.
     pub qemu_img: PathBuf,
     /// The program `qemu-nbd`. Only [`Writer::QemuNbd`] needs it.
@@ -103,6 +106,7 @@ impl Default for BackupOptions {
             memory: 48 << 20,
             dry_run: false,
             patience: Duration::from_secs(300),
+            time: None,
             qemu_img: "qemu-img".into(),
             qemu_nbd: "qemu-nbd".into(),
         }
