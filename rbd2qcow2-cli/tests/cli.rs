@@ -31,6 +31,8 @@ mod mount;
 mod program;
 #[path = "cli/restore.rs"]
 mod restore;
+#[path = "cli/restore_rbd.rs"]
+mod restore_rbd;
 #[path = "cli/rig.rs"]
 mod rig;
 #[path = "cli/usage.rs"]

@@ -15,4 +15,5 @@ mod driver;
 mod driver_check;
 mod handles;
 mod random;
+mod restore_cases;
 mod store;

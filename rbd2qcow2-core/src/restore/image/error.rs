@@ -58,7 +58,7 @@ pub enum ImageError {
         needed: u64,
     },
     /// The image exists with another layout than the one that was asked for.
-    #[error("image {image} exists with {what} {has}, not {wanted}: that cannot be changed")]
+    #[error("image {image} exists with {what} {has}, not {wanted}: a restore does not change that")]
     Layout {
         /// The image.
         image: String,
