@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use rbd2qcow2_core::rbd::Features;
-use rbd2qcow2_core::restore::image::ImageTarget;
+use rbd2qcow2_core::restore::image::{ImageTarget, Overrides};
 use serde_json::json;
 
 use super::{MIB, elsewhere, image_with_point, is_absent, small_objects};
@@ -47,22 +47,21 @@ fn an_image_that_exists_is_left_alone() {
     let mut wanted = store.overwriting(&target);
     wanted.overrides.size = Some(2 * MIB - 1);
     refused(&store, &made, &wanted, &["would have 2097151 bytes"]);
-    wanted.overrides.size = Some(2 * MIB);
-    let layouts: [(&dyn Fn(&mut ImageTarget), &str); 4] = [
-        (&|target| target.overrides.object_size = Some(MIB), "objects of 65536, not 1048576"),
+    let size = Some(2 * MIB);
+    let layouts = [
+        (Overrides { object_size: Some(MIB), ..Overrides::default() }, "objects of 65536, not 1048576"),
         (
-            &|target| {
-                target.overrides.stripe_unit = Some(4096);
-                target.overrides.stripe_count = Some(2);
-            },
+            Overrides { stripe_unit: Some(4096), stripe_count: Some(2), ..Overrides::default() },
             "a stripe unit of 65536, not 4096",
         ),
-        (&|target| target.overrides.features = Some(Features(1)), "not layering"),
-        (&|target| target.overrides.data_pool = Some("fast".to_owned()), "its data in pool rbd, not fast"),
+        (Overrides { features: Some(Features(1)), ..Overrides::default() }, "deep-flatten, not layering"),
+        (
+            Overrides { data_pool: Some("fast".to_owned()), ..Overrides::default() },
+            "its data in pool rbd, not fast",
+        ),
     ];
-    for (change, words) in layouts {
-        let mut wanted = wanted.clone();
-        change(&mut wanted);
+    for (overrides, words) in layouts {
+        wanted.overrides = Overrides { size, ..overrides };
         refused(&store, &made, &wanted, &[&name, "exists with", words, "does not change that"]);
     }
     // Held by somebody who may write at any moment.
