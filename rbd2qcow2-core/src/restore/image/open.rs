@@ -123,20 +123,17 @@ fn find(
         }
         // Made by a restore that did not come to mark it; or by somebody, to hold what comes now. One
         // with snapshots has a past, and was shrunk.
-        None if info.size == 0 && image.snapshots().map_err(failed)?.is_empty() => {
-            continues = true;
-            true
-        }
+        None if info.size == 0 && image.snapshots().map_err(failed)?.is_empty() => true,
         None if target.overwrite => false,
         None => return Err(ImageError::Exists { image: target.to_string() }),
     };
     check_layout(target, &info, new)?;
     if !continues {
-        // Of a restore that is finished these are as the cluster allowed.
+        // The restore that it continues may have had to do without some of them.
         check_features(target, &info)?;
     }
     // Most likely the user of a half restored image is the restore that died.
-    let limit = if marker.is_some() || continues { WATCH_TIMEOUT } else { Duration::ZERO };
+    let limit = if marker.is_some() || created { WATCH_TIMEOUT } else { Duration::ZERO };
     check_unused(target, &image, limit, cancel)?;
     Ok(Found::Image { created })
 }
