@@ -48,7 +48,7 @@ pub(super) fn open(
     let created = match find(target, pool, point, &new, cancel)? {
         Found::Nothing => {
             layout::create(target, pool, &new).map_err(|error| match error {
-                error if error.is_already_there() => ImageError::Exists { image: target.to_string() },
+                error if error.is_already_there() => ImageError::HalfMade { image: target.to_string() },
                 cause => failed(cause),
             })?;
             true

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::process::Command;
 
 use rbd2qcow2_core::rbd::Features;
 use rbd2qcow2_core::restore::image::{ImageTarget, Overrides};
@@ -106,6 +107,30 @@ fn a_place_that_is_not_there() {
     for target in [&target, &no_data, &small, &impossible] {
         assert!(is_absent(&store, &Spec::new(POOL, &target.image)), "{target:?}");
     }
+    store.purge(&spec);
+}
+
+/// Whoever is killed while it creates an image leaves a name without one.
+#[test]
+fn an_image_that_is_half_made() {
+    let cluster = cluster_or_skip!("an_image_that_is_half_made");
+    let mut store = Store::new(&cluster);
+    let (spec, made) = image_with_point(&mut store, "half");
+    let target = store.image("made", MIB, &small_objects());
+    let id = store.driver.info(&target, None).expect("there is an image").id;
+    let run = |program: &str, arguments: &[&str]| {
+        let conf = cluster.conf.to_str().expect("a path");
+        let done = Command::new(program).args(["-c", conf, "-p", POOL]).args(arguments).output();
+        let done = done.expect("it is installed");
+        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+    };
+    run("rados", &["rm", &format!("rbd_header.{id}")]);
+    for target in [store.target(&target), store.overwriting(&target)] {
+        refused(&store, &made, &target, &[&target.image, "is listed", "not made to the end", "rbd rm"]);
+    }
+    run("rbd", &["rm", "--no-progress", &target.image]);
+    store.restore_to(&made, &store.target(&target));
+    store.purge(&target);
     store.purge(&spec);
 }
 
