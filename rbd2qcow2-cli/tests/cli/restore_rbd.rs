@@ -30,6 +30,11 @@ const SLOW: &[&str] = &["--parallel", "1"];
 const LIMIT: Duration = Duration::from_secs(30);
 const LEAST_ROUNDS: usize = 6;
 
+/// Small objects, with a map of them: what is written takes many requests.
+fn layout() -> Layout {
+    Layout::new(16, FULL_FEATURES)
+}
+
 /// An image with two points, the second of which is restored.
 struct Scene {
     rig: Rig,
@@ -43,7 +48,7 @@ struct Scene {
 impl Scene {
     fn new(cluster: &TestCluster) -> Self {
         let (rig, image) = (Rig::new(cluster), unique_image("origin"));
-        rig.driver.create(&image, SIZE * MIB, &Layout::new(20, FULL_FEATURES)).expect("created");
+        rig.driver.create(&image, SIZE * MIB, &layout()).expect("created");
         for offset in (0..SIZE).step_by(2) {
             rig.driver.write(&image, offset * MIB, MIB, offset).expect("written");
         }
@@ -71,15 +76,20 @@ impl Scene {
     /// An image that holds something else.
     fn other(&self) -> Spec {
         let spec = unique_image("other");
-        self.rig.driver.create(&spec, SIZE * MIB, &Layout::new(20, FULL_FEATURES)).expect("created");
+        self.rig.driver.create(&spec, SIZE * MIB, &layout()).expect("created");
         self.rig.driver.write(&spec, MIB / 2, SIZE * MIB / 2, 77).expect("written");
         self.rig.driver.metadata_set(&spec, "owner", "you").expect("set");
         self.rig.driver.close(&spec).expect("closed");
         spec
     }
 
-    fn is_there(&self, target: &Spec) -> bool {
+    fn is_listed(&self, target: &Spec) -> bool {
         self.rig.driver.images(&target.pool, &target.namespace).expect("listed").contains(&target.image)
+    }
+
+    /// Whether there is an image, too: its name comes first.
+    fn is_there(&self, target: &Spec) -> bool {
+        self.rig.driver.info(target, None).is_ok()
     }
 
     fn mark(&self, target: &Spec) -> Option<String> {
@@ -102,7 +112,8 @@ impl Scene {
         assert_eq!(self.rig.driver.watchers(target).expect("listed"), [""; 0]);
     }
 
-    /// A restore that has marked its image, made it as large as it is going to be, and goes on.
+    /// A restore that has marked its image, made it as large as it is going to be, and is stopped there
+    /// until it gets a [`Signal::CONT`].
     fn start_copy(&self, target: &Spec, arguments: &[&str]) -> Running {
         let mut running = Running::start(self.restore(1, target, &with(SLOW, arguments)));
         wait_for("mark", || {
@@ -112,6 +123,8 @@ impl Scene {
                 && self.rig.driver.info(target, None).expect("told").size > 0;
             begun.then_some(())
         });
+        running.signal(Signal::STOP);
+        assert!(!running.has_ended() && self.mark(target).is_some(), "it was too fast");
         running
     }
 
@@ -204,8 +217,10 @@ fn killed_at_random_moments() {
         let running = Running::start(scene.restore(1, &target, &with(SLOW, arguments)));
         std::thread::sleep(moment);
         let killed = running.kill();
-        let state = if !scene.is_there(&target) {
+        let state = if !scene.is_listed(&target) {
             "nothing"
+        } else if !scene.is_there(&target) {
+            "half made"
         } else if scene.mark(&target).is_some() {
             "marked"
         } else if scene.rig.driver.info(&target, None).expect("told").size == 0 {
@@ -216,10 +231,14 @@ fn killed_at_random_moments() {
             "untouched"
         };
         *reached.entry((state, owner)).or_insert(0) += 1;
-        if state != "nothing" {
+        if !matches!(state, "nothing" | "half made") {
             scene.bury(&target);
         }
         match state {
+            "half made" => {
+                fails(scene.restore(1, &target, arguments), &["not made to the end", "rbd rm"]);
+                scene.rig.driver.remove(&target).expect("removed");
+            }
             "marked" => scene.assert_shunned(&target),
             "untouched" => assert_eq!(owner, "you", "a new image that is neither marked nor whole"),
             "whole" if owner == "me" => {
@@ -233,7 +252,7 @@ fn killed_at_random_moments() {
         }
         scene.rig.driver.purge(&target).expect("removed");
     }
-    say(&format!("{TEST}: they had reached {reached:?}"));
+    say(&format!("{TEST}: whole runs take {times:?}; those that were killed had reached {reached:?}"));
     assert!(reached.keys().any(|(state, _)| *state == "marked"), "no run was killed in its middle");
 }
 
@@ -280,6 +299,7 @@ fn interrupted() {
     ] {
         let running = scene.start_copy(&target, arguments);
         running.signal(signal);
+        running.signal(Signal::CONT);
         ends_incomplete("a signal", running, 130, &target);
         scene.assert_shunned(&target);
         // It left nobody behind who would have to be waited for.
@@ -305,6 +325,7 @@ fn an_osd_that_is_frozen(own: &OwnCluster, scene: &Scene) {
     {
         let running = scene.start_copy(&target, &with(arguments, &["--timeout", "2"]));
         own.pause_osd();
+        running.signal(Signal::CONT);
         let run = ends_incomplete("an OSD that is frozen", running, 1, &target);
         assert!(run.stderr.contains("gave no answer for 2 s"), "{}", run.stderr);
         own.resume_osd();
@@ -316,6 +337,7 @@ fn an_osd_that_is_frozen(own: &OwnCluster, scene: &Scene) {
     let target = unique_image("target");
     let running = scene.start_copy(&target, &[]);
     own.pause_osd();
+    running.signal(Signal::CONT);
     running.signal(Signal::INT);
     ends_incomplete("SIGINT while an OSD is frozen", running, 130, &target);
     own.resume_osd();
@@ -348,7 +370,7 @@ fn a_quota_that_is_used_up(scene: &Scene) {
         scene.restore(1, &target, &[]),
         &["cannot restore to image", "create image", &target.image, "the quota is used up"],
     );
-    assert!(!scene.is_there(&target));
+    assert!(!scene.is_listed(&target));
     let running = Running::start(scene.restore(1, &other, &["--overwrite"]));
     let run = ends_incomplete("a quota that was used up before", running, 1, &other);
     assert!(run.stderr.contains("the quota is used up"), "{}", run.stderr);
@@ -358,7 +380,6 @@ fn a_quota_that_is_used_up(scene: &Scene) {
     scene.rig.driver.purge(&other).expect("removed");
     for (target, arguments, owner) in [(target, &[][..], "me"), (scene.other(), &["--overwrite"], "you")] {
         let running = scene.start_copy(&target, arguments);
-        running.signal(Signal::STOP);
         quota(MIB, true);
         running.signal(Signal::CONT);
         let run = ends_incomplete("a quota that is used up", running, 1, &target);
