@@ -35,6 +35,8 @@ mod mount;
 mod program;
 #[path = "cli/restore.rs"]
 mod restore;
+#[path = "cli/restore_rbd.rs"]
+mod restore_rbd;
 #[path = "cli/rig.rs"]
 mod rig;
 #[path = "cli/serve.rs"]

@@ -24,8 +24,9 @@ Examples:
 
 An RBD image is made as it was: size, object size, striping, features and metadata. One that exists is
 refused, unless --overwrite is given: then only what differs is written, and its snapshots, features
-and metadata stay. The image must not be in use. Until it is whole its metadata has the key
-`rbd2qcow2-incomplete`; the same command again finishes what was interrupted.
+and metadata stay, but for the keys that --metadata sets. The image must not be in use. Until it is
+whole its metadata has the key `rbd2qcow2-incomplete`; the same command again finishes what was
+interrupted.
 
 Restoring to a file needs no cluster. Nothing is overwritten: the file is written aside under a hidden
 name, brought to stable storage, and gets its name last; only its owner can read it.

@@ -181,12 +181,12 @@ impl<'a> Victim<'a> {
 }
 
 /// Pseudo-random numbers (xorshift64*), the same for the same seed.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
     /// The seed of the environment, or one that no run had before. Printed, so that a run that
     /// failed can be repeated, as far as times can.
-    fn of_this_run(test: &str) -> Self {
+    pub fn of_this_run(test: &str) -> Self {
         let given = std::env::var("RBD2QCOW2_SEED").ok().and_then(|seed| seed.parse().ok());
         let clock = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("past 1970");
         let seed = given.unwrap_or_else(|| u64::from(clock().subsec_nanos()) | 1);
@@ -194,24 +194,24 @@ impl Random {
         Self(seed.max(1))
     }
 
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 1
     }
 
-    fn below(&mut self, end: u64) -> u64 {
+    pub fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
-    fn time_below(&mut self, end: Duration) -> Duration {
+    pub fn time_below(&mut self, end: Duration) -> Duration {
         Duration::from_micros(self.below(u64::try_from(end.as_micros()).expect("short").max(1)))
     }
 }
 
 /// Kills in CI, or in a long run.
-fn count(usual: usize) -> usize {
+pub fn count(usual: usize) -> usize {
     if std::env::var("RBD2QCOW2_LONG").is_ok_and(|value| value == "1") { usual * 10 } else { usual }
 }
 

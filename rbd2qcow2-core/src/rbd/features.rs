@@ -32,6 +32,9 @@ impl Features {
     /// Those that an image can be created with. The others tell of a state that it is in.
     pub const SETTABLE: Self = Self(0xff);
 
+    /// Those that have a name here.
+    pub const NAMED: Self = Self((1 << NAMES.len()) - 1);
+
     /// The feature of this name, as the `rbd` program knows it.
     #[must_use]
     pub fn named(name: &str) -> Option<Self> {

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use rbd2qcow2_sys as sys;
 use rustix::io::Errno;
@@ -77,9 +78,42 @@ struct ImageHandle {
     pool: Pool,
     /// For messages: `image "vm" at snapshot "s"`.
     title: String,
-    /// Set when a request was abandoned: closing would wait for it.
+    /// Whether this client watches the image, and so uses it until the handle is closed.
+    access: Access,
+    /// The requests that librbd has not answered: closing would wait for them.
+    requests: Arc<Requests>,
+    /// Set when a request was abandoned.
     abandoned: AtomicBool,
 }
+
+/// How many requests are under way.
+#[derive(Debug, Default)]
+pub(super) struct Requests {
+    count: Mutex<usize>,
+    answered: Condvar,
+}
+
+impl Requests {
+    pub(super) fn begin(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    pub(super) fn end(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.answered.notify_all();
+    }
+
+    /// Waits until all are answered, and tells whether they are.
+    pub(super) fn settle(&self, limit: Duration) -> bool {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.answered.wait_timeout_while(count, limit, |count| *count > 0);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 == 0
+    }
+}
+
+/// How long requests that were given up are waited for where the image is open for writing. A handle
+/// that is never closed keeps the image in use for another 30 s.
+const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 #[derive(Clone, Copy, Debug)]
 struct RawImage(rbd_image_t);
@@ -92,7 +126,8 @@ unsafe impl Sync for RawImage {}
 
 impl Drop for ImageHandle {
     fn drop(&mut self) {
-        if self.abandoned.load(Ordering::Acquire) {
+        let limit = if self.access == Access::Write { SETTLE_LIMIT } else { Duration::ZERO };
+        if self.abandoned.load(Ordering::Acquire) && !self.requests.settle(limit) {
             // The open image and its request use the connection: it must not be shut down either.
             std::mem::forget(self.pool.clone());
             return;
@@ -156,8 +191,14 @@ impl Pool {
             if code < 0 {
                 return Err(code);
             }
-            let abandoned = AtomicBool::new(false);
-            Ok(Image(Arc::new(ImageHandle { raw: RawImage(raw), pool, title: handle_title, abandoned })))
+            Ok(Image(Arc::new(ImageHandle {
+                raw: RawImage(raw),
+                pool,
+                title: handle_title,
+                access,
+                requests: Arc::default(),
+                abandoned: AtomicBool::new(false),
+            })))
         })?;
         opened.map_err(|code| RbdError::failed(what(), code))
     }
@@ -214,7 +255,13 @@ impl Image {
         self.0.raw.0
     }
 
-    /// Leaves the handle open for good: a request that nobody waits for any more is still using it.
+    /// The requests under way on this handle.
+    pub(super) fn requests(&self) -> &Arc<Requests> {
+        &self.0.requests
+    }
+
+    /// Tells that nobody waits for a request any more: the handle is left open for good, unless all
+    /// requests are answered soon after its last use.
     pub(super) fn abandon(&self) {
         self.0.abandoned.store(true, Ordering::Release);
     }

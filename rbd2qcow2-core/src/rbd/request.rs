@@ -10,7 +10,7 @@ use rbd2qcow2_sys as sys;
 use sys::{rbd_completion_t, rbd_image_t};
 
 use super::error::RbdError;
-use super::image::Image;
+use super::image::{Image, Requests};
 use crate::cancel::Cancel;
 
 /// A request. Whoever waits for it holds one reference, librbd's callback the other.
@@ -20,6 +20,8 @@ struct Request<T> {
     /// The completion's return value.
     result: Mutex<Option<isize>>,
     done: Condvar,
+    /// Where it is counted until librbd has called back.
+    requests: Arc<Requests>,
 }
 
 // SAFETY: `payload` has one user at a time: librbd before `result` is set under its lock, the waiter
@@ -38,6 +40,7 @@ extern "C" fn finished<T>(completion: rbd_completion_t, state: *mut c_void) {
     unsafe { sys::rbd_aio_release(completion) };
     *state.result.lock().unwrap_or_else(PoisonError::into_inner) = Some(result);
     state.done.notify_one();
+    state.requests.end();
 }
 
 impl Image {
@@ -58,6 +61,7 @@ impl Image {
             payload: UnsafeCell::new(Some(payload)),
             result: Mutex::new(None),
             done: Condvar::new(),
+            requests: self.requests().clone(),
         });
         self.submit(&state, start).map_err(|code| RbdError::failed(what(), code))?;
         let got = self.wait(&state, &what)?;
@@ -82,8 +86,10 @@ impl Image {
         if code >= 0 {
             // SAFETY: nobody else uses the payload before the request is under way.
             let payload = unsafe { &mut *state.payload.get() }.as_mut().expect("there from the start");
+            state.requests.begin();
             code = start(self.raw(), payload, completion);
             if code < 0 {
+                state.requests.end();
                 // SAFETY: a request that was refused never calls back.
                 unsafe { sys::rbd_aio_release(completion) };
             }

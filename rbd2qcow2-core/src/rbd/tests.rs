@@ -22,6 +22,21 @@ fn an_abandoned_call_is_reported_in_time() {
 }
 
 #[test]
+fn requests_under_way_are_waited_for() {
+    use std::time::Duration;
+
+    let requests = std::sync::Arc::new(super::image::Requests::default());
+    assert!(requests.settle(Duration::ZERO));
+    requests.begin();
+    requests.begin();
+    assert!(!requests.settle(Duration::from_millis(1)));
+    let answers = requests.clone();
+    let answering = std::thread::spawn(move || [answers.end(), answers.end()]);
+    assert!(requests.settle(Duration::from_secs(60)));
+    answering.join().expect("no panic");
+}
+
+#[test]
 fn the_client_is_found_in_ceph_args() {
     let client = |arguments| super::cluster::client_in(arguments);
     assert_eq!(client(""), None);

@@ -88,8 +88,8 @@ impl Restore {
     ///
     /// An image that exists is only changed with [`ImageTarget::overwrite`], or where it is the
     /// unfinished restore of the same point, and never while a client has it open for writing. It keeps
-    /// its snapshots, features, metadata and, where that is not too small and none is given, its size:
-    /// what lies behind the point's end is made zeroes.
+    /// its snapshots, features, metadata (but for those in `target`) and, where that is not too small and
+    /// none is given, its size: what lies behind the point's end is made zeroes.
     ///
     /// # Errors
     /// [`RestoreError::Image`], [`RestoreError::Point`]; [`RestoreError::Cancelled`] where nothing was
@@ -150,10 +150,8 @@ fn complete(
         contents: contents.as_ref().map(|contents| contents as &dyn RbdDiffSource),
     };
     let report = run.to_block(point, &block, stop)?;
-    if *created {
-        for (key, value) in layout::metadata(target, point.record()) {
-            image.set_metadata(&key, &value)?;
-        }
+    for (key, value) in layout::metadata(target, *created, point.record()) {
+        image.set_metadata(&key, &value)?;
     }
     if run.cancel.is_set() {
         return Err(RbdError::Cancelled.into());

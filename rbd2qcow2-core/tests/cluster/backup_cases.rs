@@ -1,6 +1,6 @@
 //! Backups end to end, a test for each kind of image, of change and of mishap.
 
-mod bases;
+pub mod bases;
 mod changes;
 mod damage;
 mod images;

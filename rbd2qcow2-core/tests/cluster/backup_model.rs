@@ -265,6 +265,8 @@ struct Tally {
     points: usize,
     incremental: usize,
     modes: BTreeSet<String>,
+    /// How long the restores to images took.
+    restoring: Duration,
 }
 
 /// Plays a history: some steps for each image, a backup of all, and again.
@@ -309,6 +311,12 @@ fn play(
     }
     store.check_again();
     verify_source::check(cluster, store.dest(), &store.driver, &specs);
+    // Every second one for each of the writers.
+    if number("RBD2QCOW2_LONG") == Some(1) || matches!(seed % 4, 0 | 3) {
+        let start = Instant::now();
+        store.check_images();
+        tally.restoring += start.elapsed();
+    }
     for subject in &subjects {
         store.driver.purge(&subject.spec)?;
         subject.parent.iter().try_for_each(|parent| store.driver.purge(parent))?;

@@ -101,10 +101,19 @@ impl OwnCluster {
 
     /// One with so many OSDs.
     pub fn start_with(osds: u32) -> Self {
+        Self::start_as(&["--osds", &osds.to_string()])
+    }
+
+    /// One that counts what its pools hold, and heeds their quotas.
+    pub fn start_with_mgr() -> Self {
+        Self::start_as(&["--osds", "1", "--mgr"])
+    }
+
+    fn start_as(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let cluster = TestCluster { conf: dir.path().join("ceph.conf") };
         let own = Self { dir, cluster };
-        own.script(&["start"], &["--osds", &osds.to_string()]);
+        own.script(&["start"], options);
         own
     }
 

@@ -167,7 +167,19 @@ class Driver:
         self.image(spec).metadata_remove(key)
 
     def do_metadata(self, spec):
-        return dict(self.image(spec).metadata_list())
+        with self.at(spec, None) as image:
+            return dict(image.metadata_list())
+
+    def do_metadata_get(self, spec, key):
+        with self.at(spec, None) as image:
+            try:
+                return image.metadata_get(key)
+            except KeyError:
+                return None
+
+    def do_watchers(self, spec):
+        with self.at(spec, None) as image:
+            return [watcher["addr"] for watcher in image.watchers_list()]
 
     def do_update_features(self, spec, features, enabled):
         self.image(spec).update_features(feature_bits(features), enabled)
@@ -226,6 +238,13 @@ class Driver:
             if file is not None:
                 file.close()
         return digest.hexdigest()
+
+    def do_changes(self, spec, snapshot):
+        found = []
+        with self.at(spec, None) as image:
+            image.diff_iterate(0, image.size(), snapshot, lambda *extent: found.append(extent[:2]),
+                               include_parent=False, whole_object=False)
+        return found
 
     # --- Snapshots
 

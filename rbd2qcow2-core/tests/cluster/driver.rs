@@ -341,8 +341,14 @@ impl Driver {
         self.act("resize", json!({ "spec": spec, "size": size }))
     }
 
+    /// Does not open the image for writing, so that it is not in use afterwards.
     pub fn metadata(&self, spec: &Spec) -> Result<BTreeMap<String, String>> {
         self.ask("metadata", json!({ "spec": spec }))
+    }
+
+    /// The value of one key, `None` where it is not set.
+    pub fn metadata_get(&self, spec: &Spec, key: &str) -> Result<Option<String>> {
+        self.ask("metadata_get", json!({ "spec": spec, "key": key }))
     }
 
     pub fn metadata_set(&self, spec: &Spec, key: &str, value: &str) -> Result<()> {
@@ -351,6 +357,17 @@ impl Driver {
 
     pub fn metadata_remove(&self, spec: &Spec, key: &str) -> Result<()> {
         self.act("metadata_remove", json!({ "spec": spec, "key": key }))
+    }
+
+    /// The addresses of the clients that have the image open for writing, this one included.
+    pub fn watchers(&self, spec: &Spec) -> Result<Vec<String>> {
+        self.ask("watchers", json!({ "spec": spec }))
+    }
+
+    /// Has the cluster take a client for dead at once, not after 30 s.
+    pub fn blocklist(&self, address: &str) -> Result<()> {
+        let command = json!({"prefix": "osd blocklist", "blocklistop": "add", "addr": address});
+        self.mon_command(&command).map(drop)
     }
 
     /// Switches features on or off.
@@ -411,6 +428,11 @@ impl Driver {
     /// The SHA-256 of the whole content, in hexadecimal digits.
     pub fn sha256(&self, spec: &Spec, snapshot: Option<&str>) -> Result<String> {
         self.ask("read", json!({ "spec": spec, "snapshot": snapshot, "path": null }))
+    }
+
+    /// Offset and length of what was written to since a snapshot, as the OSDs tell.
+    pub fn changes(&self, spec: &Spec, snapshot: &str) -> Result<Vec<(u64, u64)>> {
+        self.ask("changes", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
     // --- Snapshots

@@ -15,5 +15,6 @@ mod driver;
 mod driver_check;
 mod handles;
 mod random;
+mod restore_cases;
 mod store;
 mod verify_source;

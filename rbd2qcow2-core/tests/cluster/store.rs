@@ -28,6 +28,7 @@ mod restored;
 
 use content::{Held, compare, merge};
 pub use content::{output, read_json};
+pub use restored::told;
 
 /// A destination, and what every point in it must hold.
 #[derive(Debug)]

@@ -25,6 +25,15 @@ pub enum ImageError {
         /// The image.
         image: String,
     },
+    /// There is something of that name, and it is no image: `rbd_create` was cut short.
+    #[error(
+        "image {image} is listed, but there is no such image: it was not made to the end, or is being made \
+         right now; if nobody is at it, `rbd rm {image}` removes what there is, and the same command goes on"
+    )]
+    HalfMade {
+        /// The image.
+        image: String,
+    },
     /// The image is half of another restore.
     #[error("image {image} is the unfinished restore of {of}: restore that to finish it, or say --overwrite")]
     Unfinished {
@@ -58,7 +67,7 @@ pub enum ImageError {
         needed: u64,
     },
     /// The image exists with another layout than the one that was asked for.
-    #[error("image {image} exists with {what} {has}, not {wanted}: that cannot be changed")]
+    #[error("image {image} exists with {what} {has}, not {wanted}: a restore does not change that")]
     Layout {
         /// The image.
         image: String,

@@ -23,7 +23,8 @@ pub struct Overrides {
     pub data_pool: Option<String>,
     /// Whether the backed up metadata are left out.
     pub no_metadata: bool,
-    /// Metadata that it gets besides, or instead of those with the same keys.
+    /// Metadata that it gets besides, or instead of those with the same keys. An image that exists gets
+    /// them, too.
     pub metadata: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
@@ -65,6 +66,10 @@ fn settable(features: Features, target: &ImageTarget) -> Features {
              to the image's own pool (--data-pool names another)"
         );
     }
+    let unknown = features.without(Features::NAMED);
+    if !unknown.is_empty() {
+        log::warn!("{target}: nobody here knows the feature {unknown}; the image does without it");
+    }
     features.without(Features(!Features::SETTABLE.0))
 }
 
@@ -92,9 +97,13 @@ pub(super) fn create(target: &ImageTarget, pool: &Pool, image: &NewImage) -> Res
     }
 }
 
-/// The metadata that a new image gets.
-pub(super) fn metadata(target: &ImageTarget, record: Option<&Record>) -> BTreeMap<Vec<u8>, Vec<u8>> {
-    let recorded = record.filter(|_| !target.overrides.no_metadata);
+/// The metadata that an image gets: all of them, if it is `new`, or just those that were asked for.
+pub(super) fn metadata(
+    target: &ImageTarget,
+    new: bool,
+    record: Option<&Record>,
+) -> BTreeMap<Vec<u8>, Vec<u8>> {
+    let recorded = record.filter(|_| new && !target.overrides.no_metadata);
     let mut metadata = recorded.map(|record| record.metadata.clone()).unwrap_or_default();
     metadata.extend(target.overrides.metadata.clone());
     metadata.remove(super::INCOMPLETE_KEY);

@@ -48,7 +48,7 @@ pub(super) fn open(
     let created = match find(target, pool, point, &new, cancel)? {
         Found::Nothing => {
             layout::create(target, pool, &new).map_err(|error| match error {
-                error if error.is_already_there() => ImageError::Exists { image: target.to_string() },
+                error if error.is_already_there() => ImageError::HalfMade { image: target.to_string() },
                 cause => failed(cause),
             })?;
             true
@@ -108,8 +108,12 @@ fn find(
     let metadata = image.metadata().map_err(failed)?;
     let wanted = Marker::new(point.image().as_str(), point.name(), true);
     let marker = metadata.get(INCOMPLETE_KEY);
+    let mut continues = false;
     let created = match marker.map(|value| (value, Marker::parse(value))) {
-        Some((_, Some(marker))) if marker.continues(&wanted) => marker.created,
+        Some((_, Some(marker))) if marker.continues(&wanted) => {
+            continues = true;
+            marker.created
+        }
         Some((value, marker)) => {
             if !target.overwrite {
                 let of = describe_incomplete(value);
@@ -117,14 +121,19 @@ fn find(
             }
             marker.is_some_and(|marker| marker.created)
         }
-        // Made by a restore that did not come to mark it; or by somebody, to hold what comes now.
-        None if info.size == 0 => true,
+        // Made by a restore that did not come to mark it; or by somebody, to hold what comes now. One
+        // with snapshots has a past, and was shrunk.
+        None if info.size == 0 && image.snapshots().map_err(failed)?.is_empty() => true,
         None if target.overwrite => false,
         None => return Err(ImageError::Exists { image: target.to_string() }),
     };
     check_layout(target, &info, new)?;
+    if !continues {
+        // The restore that it continues may have had to do without some of them.
+        check_features(target, &info)?;
+    }
     // Most likely the user of a half restored image is the restore that died.
-    let limit = if marker.is_some() { WATCH_TIMEOUT } else { Duration::ZERO };
+    let limit = if marker.is_some() || created { WATCH_TIMEOUT } else { Duration::ZERO };
     check_unused(target, &image, limit, cancel)?;
     Ok(Found::Image { created })
 }
@@ -140,11 +149,32 @@ fn check_layout(target: &ImageTarget, info: &ImageInfo, new: &NewImage) -> Resul
     ];
     for (what, wanted, has) in checks {
         if let Some(wanted) = wanted.filter(|wanted| *wanted != has) {
-            let (has, wanted) = (has.to_string(), wanted.to_string());
-            return Err(ImageError::Layout { image: target.to_string(), what, has, wanted });
+            return Err(other_layout(target, what, has.to_string(), wanted.to_string()));
         }
     }
     Ok(())
+}
+
+/// The same for features, and for the pool of the data, which is told by a feature.
+fn check_features(target: &ImageTarget, info: &ImageInfo) -> Result<(), ImageError> {
+    let asked = &target.overrides;
+    let chosen = |features: Features| {
+        let others = Features::STRIPING.with(Features::DATA_POOL).with(Features(!Features::SETTABLE.0));
+        features.without(others)
+    };
+    if let Some(wanted) = asked.features.map(chosen).filter(|wanted| *wanted != chosen(info.features)) {
+        let has = chosen(info.features).to_string();
+        return Err(other_layout(target, "the features", has, wanted.to_string()));
+    }
+    let elsewhere = asked.data_pool.as_ref().filter(|pool| **pool != target.pool);
+    if let Some(wanted) = elsewhere.filter(|_| !info.features.has(Features::DATA_POOL)) {
+        return Err(other_layout(target, "its data in pool", target.pool.clone(), wanted.clone()));
+    }
+    Ok(())
+}
+
+fn other_layout(target: &ImageTarget, what: &'static str, has: String, wanted: String) -> ImageError {
+    ImageError::Layout { image: target.to_string(), what, has, wanted }
 }
 
 /// Waits for up to `limit` until nobody has the image open for writing.

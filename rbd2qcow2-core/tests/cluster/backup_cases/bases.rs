@@ -129,7 +129,7 @@ fn as_many_snapshots_are_kept_as_asked_for() {
 }
 
 /// The directory of the Python tool with one full and one incremental backup, and their snapshots.
-fn python_chain(store: &mut Store, name: &str, times: [&str; 2]) -> Spec {
+pub fn python_chain(store: &mut Store, name: &str, times: [&str; 2]) -> Spec {
     let size = 2 * MIB + 1000;
     let spec = store.image(name, size, &small_objects());
     let directory = store.directory(&spec);
