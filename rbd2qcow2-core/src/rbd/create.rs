@@ -156,16 +156,16 @@ impl Image {
         check(code, what).map(drop)
     }
 
-    /// The addresses of the clients that have the image open for writing, this one too if this handle
-    /// does; `None` where librbd cannot tell (before Mimic, 13.2). A client that died counts for
-    /// up to 30 s. Blocks.
+    /// The addresses of the other clients that have the image open for writing; `None` where librbd
+    /// cannot tell (before Mimic, 13.2). A client that died counts for up to 30 s. Blocks.
     ///
     /// # Errors
     /// [`RbdError::Failed`], [`RbdError::NoAnswer`], [`RbdError::Cancelled`].
-    pub fn watchers(&self) -> Result<Option<Vec<String>>, RbdError> {
+    pub fn other_watchers(&self) -> Result<Option<Vec<String>>, RbdError> {
         let Some(calls) = sys::newer::rbd_watchers() else { return Ok(None) };
         let what = || format!("list the clients that use {}", self.title());
-        let found = self.call(what, move |raw| super::watchers::read(raw, calls))?;
+        let own = self.pool().cluster().instance_id();
+        let found = self.call(what, move |raw| super::watchers::read(raw, own, calls))?;
         found.map(Some).map_err(|code| RbdError::failed(what(), code))
     }
 

@@ -246,6 +246,11 @@ impl Image {
         &self.0.title
     }
 
+    /// The pool that the image is in.
+    pub(super) fn pool(&self) -> &Pool {
+        &self.0.pool
+    }
+
     /// How long calls on this image may take.
     pub(super) fn patience(&self) -> &Patience {
         self.0.pool.patience()

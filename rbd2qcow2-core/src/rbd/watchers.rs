@@ -8,8 +8,9 @@ use rustix::io::Errno;
 use sys::newer::{ImageWatcher, Watchers};
 use sys::rbd_image_t;
 
-/// The addresses of the clients that watch the image, or librbd's error.
-pub(super) fn read(raw: rbd_image_t, calls: Watchers) -> Result<Vec<String>, c_int> {
+/// The addresses of the clients that watch the image, but for the one of the number `own`; or librbd's
+/// error.
+pub(super) fn read(raw: rbd_image_t, own: u64, calls: Watchers) -> Result<Vec<String>, c_int> {
     let mut room = 16;
     loop {
         let mut list: Vec<_> =
@@ -25,7 +26,8 @@ pub(super) fn read(raw: rbd_image_t, calls: Watchers) -> Result<Vec<String>, c_i
         if code < 0 {
             return Err(code);
         }
-        let addresses = list.iter().take(count).map(|watcher| {
+        let others = list.iter().take(count).filter(|watcher| watcher.id.cast_unsigned() != own);
+        let addresses = others.map(|watcher| {
             // SAFETY: librbd filled this place with a NUL-terminated address.
             let address = unsafe { CStr::from_ptr(watcher.addr) };
             address.to_string_lossy().into_owned()

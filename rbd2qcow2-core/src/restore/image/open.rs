@@ -56,6 +56,8 @@ pub(super) fn open(
         Found::Image { created } => created,
     };
     let image = pool.open_for_writing(&target.image).map_err(failed)?;
+    // Somebody may have come since it was looked at: of two restores that do, each sees the other.
+    check_unused(target, &image, Duration::ZERO, cancel)?;
     let was = image.info().map_err(failed)?;
     let size = match (created, target.overrides.size) {
         (true, _) | (_, Some(_)) => new.size,
@@ -188,7 +190,7 @@ fn check_unused(
     let mut told = false;
     loop {
         let clients =
-            image.watchers().map_err(|cause| ImageError::Rbd { image: target.to_string(), cause })?;
+            image.other_watchers().map_err(|cause| ImageError::Rbd { image: target.to_string(), cause })?;
         let clients = clients.unwrap_or_default();
         if clients.is_empty() {
             return Ok(());
