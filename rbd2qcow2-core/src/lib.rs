@@ -40,6 +40,7 @@ pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
+pub mod prune;
 pub mod qcow2;
 pub mod rate;
 #[cfg(feature = "rbd")]
