@@ -18,6 +18,7 @@ pub mod catalogue;
 pub mod digests;
 pub mod durable;
 mod error;
+pub mod hold;
 pub mod lock;
 pub mod manifest;
 pub mod names;
@@ -104,6 +105,24 @@ impl ChainWriter {
             Self { directory, image: image.clone(), catalogue, removed: Vec::new(), _lock: lock };
         writer.clean()?;
         Ok(writer)
+    }
+
+    /// Opens the directory of an `image` that has points, as [`open`](Self::open) does. A directory of
+    /// something else gets no lock file, and none is created.
+    ///
+    /// # Errors
+    /// [`ChainError::NoSuchImage`] also when there are no points, and those of `open`.
+    pub fn open_existing(dest: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        let path = image_directory(dest, image);
+        match Catalogue::read(&path, image) {
+            Ok(catalogue) if catalogue.points().is_empty() => Err(ChainError::NoSuchImage { path }),
+            // The destination itself may be what is missing, which has its own words.
+            Err(ChainError::NoSuchImage { .. }) if !dest.exists() => {
+                Err(ChainError::DestinationMissing { path: dest.to_owned() })
+            }
+            Err(error) => Err(error),
+            Ok(_) => Self::open(dest, image),
+        }
     }
 
     /// Removes the left-overs that the catalogue found, and a note that has served its purpose.
@@ -339,6 +358,7 @@ impl PendingLayer<'_> {
             file_bytes,
             layer_bytes,
             digests,
+            hold: None,
         };
         let bytes = manifest.to_bytes();
         let bytes =

@@ -256,7 +256,8 @@ impl Catalogue {
         self.points.binary_search_by_key(&name, |point| point.name).ok()
     }
 
-    fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
+    /// Where a file of a point is, or would be.
+    pub(crate) fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
         self.directory.join(PointFile { image: self.image.clone(), point, kind }.file_name())
     }
 
