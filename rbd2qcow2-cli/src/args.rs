@@ -11,9 +11,11 @@ use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
+mod prune;
 mod restore;
 mod values;
 
+pub use prune::{HoldArgs, PruneArgs, ReleaseArgs};
 pub use restore::{Destination, RestoreArgs};
 use values::PoolSpec;
 
@@ -35,6 +37,7 @@ Examples:
   rbd2qcow2 --id backup backup rbd/tenant1 /backups vm-1 vm-2
   rbd2qcow2 list /backups
   rbd2qcow2 restore /backups vm-1 --to-rbd rbd/vm-1-restored
+  rbd2qcow2 prune /backups --keep-daily 14 --keep-weekly 8 --dry-run
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -108,6 +111,15 @@ pub enum Command {
     /// Restore a point to an RBD image or a file
     #[command(after_help = format!("{}\n\n{EXIT_STATUS}", restore::EXAMPLES))]
     Restore(RestoreArgs),
+    /// Remove points that no rule keeps, or that are named
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::PRUNE_EXAMPLES))]
+    Prune(PruneArgs),
+    /// Hold a point, so that it is not pruned
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::HOLD_EXAMPLES))]
+    Hold(HoldArgs),
+    /// Release a point that is held
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::HOLD_EXAMPLES))]
+    Release(ReleaseArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -306,7 +318,8 @@ impl Cli {
         }
         match &self.command {
             Command::Backup(args) => args.check(),
-            Command::List(_) | Command::Verify(_) => Ok(()),
+            Command::List(_) | Command::Verify(_) | Command::Hold(_) | Command::Release(_) => Ok(()),
+            Command::Prune(args) => args.check(),
             Command::Restore(args) => args.check(self.output.json),
         }
     }

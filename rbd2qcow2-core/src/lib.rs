@@ -18,8 +18,8 @@
 //! [`cancel::Cancel`] is set.
 //!
 //! # Features
-//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, and restores
-//! to files.
+//! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, restores to
+//! files, and prunes.
 
 #![deny(unsafe_code)]
 

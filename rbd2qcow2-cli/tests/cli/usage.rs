@@ -48,6 +48,13 @@ fn wrong_usage_is_status_2_and_silent_on_standard_output() {
         &["restore", "/d", "x", "--to-file", "f", "--compression", "zstd"],
         &["restore", "/d", "x", "--to-file", "-", "--format", "qcow2"],
         &["restore", "/d", "x", "--to-file", "-", "--json"],
+        &["prune", "/d"],
+        &["prune", "/d", "--keep-last", "many"],
+        &["prune", "/d", "--keep-last", "-2"],
+        &["prune", "/d", "--keep-within", "7"],
+        &["hold", "/d", "x", "--reason", "y"],
+        &["hold", "/d", "x@20261122T173312Z"],
+        &["release", "/d", "x"],
         &["--id", "a", "backup", "rbd", "/d", "--name", "client.b"],
     ] {
         let wrong = run(args);
