@@ -22,6 +22,7 @@ pub mod hold;
 pub mod lock;
 pub mod manifest;
 pub mod names;
+mod retired;
 
 pub use announcement::Announcement;
 pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
@@ -41,6 +42,12 @@ const ANNOUNCEMENT_FILE: &str = ".pending.json";
 
 /// Its name while it is being written.
 const ANNOUNCEMENT_PARTIAL: &str = ".pending.json.partial";
+
+/// Name of the list of chains that have no points any more.
+const RETIRED_FILE: &str = ".retired";
+
+/// Its name while it is being written.
+const RETIRED_PARTIAL: &str = ".retired.partial";
 
 /// The directory where the points of `image` are, in the destination `dest`. It need not exist.
 #[must_use]
@@ -234,6 +241,28 @@ impl ChainWriter {
     /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
     pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
         self.catalogue.announced()
+    }
+
+    /// The ids of all chains that have, or had, points here: those whose snapshots may be removed. That
+    /// of the newest point is the last.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`].
+    pub fn own_chains(&self) -> Result<Vec<ChainId>, ChainError> {
+        let mut ids = retired::read(&self.directory)?;
+        let present = self.catalogue.chain_ids();
+        ids.retain(|id| !present.contains(id));
+        ids.extend(present);
+        Ok(ids)
+    }
+
+    /// Notes durably that the last points of some chains are about to be removed, so that their snapshots
+    /// are known later. Must return before the points go.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`]; the points must then stay.
+    pub fn retire(&self, chains: &[ChainId]) -> Result<(), ChainError> {
+        retired::add(&self.directory, chains)
     }
 
     /// Removes the note, durably: after the first commit of the chain, or when the snapshot is gone.

@@ -73,6 +73,7 @@ impl PruneImage<'_> {
         if let Some(merge) = plan.merges.first() {
             return Err(PruneError::MergeMissing { point: merge.child });
         }
+        remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
         Ok(plan)
     }

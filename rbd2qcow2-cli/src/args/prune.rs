@@ -24,9 +24,9 @@ The newest point of an image always stays, since the next backup builds upon it,
 that are held (see `hold`). What a removed point held that others need is merged into the next one
 that stays. The other points are what they were, bit for bit.
 
-Never prune points that anything outside of this directory builds upon, as a machine that runs on top
-of one. An image that is being backed up, restored, served or verified is left for the next run, and
-one with a missing or damaged file is not touched; the others are pruned, and the exit status is 1.";
+Never prune points that anything outside of this directory builds upon: hold them. An image that is
+being backed up, restored, served or verified is left for the next run, and one with a missing or
+damaged file is not touched; the others are pruned, and the exit status is 1.";
 
 pub(super) const HOLD_EXAMPLES: &str = "\
 Examples:
@@ -76,7 +76,7 @@ struct Rules {
     /// Keep the newest point of each of the N newest years that have one
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = values::limit)]
     keep_yearly: Option<Limit>,
-    /// Keep all points that are not older than this, compared with the newest
+    /// Keep all points that are younger than this, counted back from the newest
     #[arg(long, value_name = "DURATION")]
     keep_within: Option<Within>,
 }

@@ -1,4 +1,4 @@
-//! `prune`, `hold` and `release` on directories without a cluster.
+//! `prune`, `hold` and `release`: on directories without a cluster, and between backups.
 
 use std::fs;
 use std::path::Path;
@@ -6,8 +6,12 @@ use std::path::Path;
 use rbd2qcow2_core::chain::lock::ChainLock;
 use serde_json::Value;
 
+use crate::cluster::unique_image;
+use crate::cluster_or_skip;
 use crate::directory::Backups;
+use crate::driver::FULL_FEATURES;
 use crate::program::{Run, command, run};
+use crate::rig::{MIB, Rig};
 
 /// Runs a command on a destination; the local time is that of Berlin, whatever the tester's is.
 fn on(dest: &Path, words: &[&str]) -> Run {
@@ -212,4 +216,28 @@ fn help_tells_the_rules() {
     {
         assert!(help.stdout.contains(words), "{words}: {help:?}");
     }
+}
+
+#[test]
+fn backups_go_on_after_an_old_chain_is_gone_and_so_do_its_snapshots() {
+    let cluster = cluster_or_skip!("prune::backups_go_on_after_an_old_chain_is_gone_and_so_do_its_snapshots");
+    let rig = Rig::new(&cluster);
+    let image = unique_image("prune");
+    rig.image(&image, 8, FULL_FEATURES);
+    for full in
+        [&["--keep-snapshots", "9"][..], &["--keep-snapshots", "9"], &["--keep-snapshots", "9", "--full"]]
+    {
+        rig.change(&image, 0, MIB, 1);
+        rig.back_up(&image, full);
+    }
+    assert_eq!(rig.snapshots(&image).len(), 3);
+    let told = on(rig.dest(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!((rig.layers(&image).len(), rig.snapshots(&image).len()), (1, 3));
+    rig.change(&image, MIB, MIB, 2);
+    let told = rig.back_up(&image, &[]);
+    assert!(told.stderr.contains(": incremental, "), "{told:?}");
+    rig.assert_only_the_newest_snapshot(&image);
+    let told = on(rig.dest(), &["verify", "--source", "-c", rig.conf.to_str().unwrap()]);
+    assert_eq!(told.status, Some(0), "{told:?}");
 }

@@ -9,7 +9,7 @@ use crate::chain::manifest::Hold;
 use crate::chain::manifest::tests::record;
 pub(super) use crate::chain::tests::point;
 use crate::chain::tests::{CLUSTER_SIZE, VIRTUAL_SIZE, create_layer, image, qemu_img_is_there};
-use crate::chain::{ChainError, LayerPlan, PointName, Record, hold};
+use crate::chain::{ChainError, ChainId, LayerPlan, PointName, Record, SnapshotName, hold};
 
 /// A destination with one image.
 pub(super) struct Fixture(tempfile::TempDir);
@@ -47,16 +47,25 @@ impl Fixture {
         self.add_made(name, parent, &point(name).timestamp().to_string());
     }
 
+    /// Adds the first point of a chain.
+    fn add_of(&self, name: &str, chain: ChainId) {
+        let snapshot = SnapshotName { chain, point: point(name) }.to_string();
+        self.commit(Record { chain, snapshot, ..record(VIRTUAL_SIZE, point(name)) }, name, None);
+    }
+
     /// Adds a point upon `parent`, whose backup ended at `created`.
     pub(super) fn add_made(&self, name: &str, parent: Option<&str>, created: &str) {
+        let created = created.parse().expect("a time");
+        self.commit(Record { created, ..record(VIRTUAL_SIZE, point(name)) }, name, parent);
+    }
+
+    fn commit(&self, record: Record, name: &str, parent: Option<&str>) {
         let writer = ChainWriter::open(self.dest(), &image()).expect("opened");
         let parent = parent.map(|name| writer.catalogue().point(point(name)).expect("the parent"));
         let plan = LayerPlan { point: point(name), parent, cluster_size: CLUSTER_SIZE };
         let pending = writer.begin(plan).expect("begun");
         let size = VIRTUAL_SIZE.next_multiple_of(512);
         create_layer(pending.layer_path(), size, pending.backing_name().as_deref());
-        let record =
-            Record { created: created.parse().expect("a time"), ..record(VIRTUAL_SIZE, point(name)) };
         pending.commit(record).expect("committed");
     }
 
@@ -102,13 +111,19 @@ impl Fixture {
         names(&catalogue.points().iter().map(|point| point.name).collect::<Vec<_>>())
     }
 
-    /// Every file with its content, except the lock.
+    /// The chains that are known here.
+    fn own_chains(&self) -> Vec<String> {
+        let writer = ChainWriter::open(self.dest(), &image()).expect("opened");
+        writer.own_chains().expect("read").iter().map(ToString::to_string).collect()
+    }
+
+    /// Every file with its content, except the lock and the list of chains.
     fn content(&self) -> BTreeMap<String, Vec<u8>> {
         let entries =
             fs::read_dir(self.directory()).expect("a directory").map(|entry| entry.expect("an entry"));
         let files = entries.map(|entry| (entry.file_name().into_string().expect("text"), entry.path()));
         files
-            .filter(|(name, _)| name != ".lock")
+            .filter(|(name, _)| ![".lock", ".retired"].contains(&name.as_str()))
             .map(|(name, path)| (name, fs::read(path).expect("readable")))
             .collect()
     }
@@ -132,9 +147,13 @@ fn last_one() -> Wanted {
 /// An old chain of two points, and the newest point of another.
 const POINTS: [&str; 3] = ["20261121T020000Z", "20261122T020000Z", "20261123T020000Z"];
 
+/// The ids of the two.
+const OLD_CHAIN: &str = "00c0ffee";
+const NEW_CHAIN: &str = "00000002";
+
 fn two_chains() -> Option<Fixture> {
     let fixture = Fixture::chain(&POINTS[..2])?;
-    fixture.add(POINTS[2], None);
+    fixture.add_of(POINTS[2], ChainId::parse(NEW_CHAIN).expect("an id"));
     Some(fixture)
 }
 
@@ -147,6 +166,29 @@ fn points_that_none_builds_upon_go_with_all_their_files() {
     assert_eq!(names(&plan.removals), [POINTS[1], POINTS[0]]);
     assert_eq!(fixture.content(), expected);
     assert!(fixture.prune(&last_one()).expect("nothing is left to do").is_empty());
+}
+
+#[test]
+fn a_chain_without_points_is_remembered() {
+    let Some(fixture) = Fixture::chain(&[]) else { return };
+    let ids = ["00000001", "00000002", "00000003"];
+    for (name, id) in POINTS.iter().zip(ids) {
+        fixture.add_of(name, ChainId::parse(id).expect("an id"));
+    }
+    let own = || fixture.own_chains();
+    assert_eq!(own(), ids);
+    let named = Wanted { points: BTreeSet::from([point(POINTS[0])]), ..Wanted::default() };
+    fixture.prune(&named).expect("pruned");
+    assert_eq!(own(), ids);
+    fixture.prune(&last_one()).expect("pruned");
+    assert_eq!(fixture.points(), [POINTS[2]]);
+    assert_eq!(own(), ids);
+    // What is damaged there hinders nobody.
+    let list = fixture.directory().join(".retired");
+    fs::remove_file(&list).expect("removed");
+    fs::write(&list, b"00000002\n../evil\n0000").expect("written");
+    assert_eq!(own(), ids[1..]);
+    assert!(fixture.catalogue().problems().is_empty());
 }
 
 #[test]
@@ -232,7 +274,7 @@ fn whenever_it_dies_the_points_are_whole_and_the_next_run_finishes() {
             );
             fixture.prune(&last_one()).expect("pruned");
             // The next run that writes removes what is left of a point.
-            _ = ChainWriter::open(fixture.dest(), &image()).expect("opened");
+            assert_eq!(fixture.own_chains(), [OLD_CHAIN, NEW_CHAIN], "step {at}");
             assert_eq!(fixture.content(), expected, "step {at}");
         }
     }

@@ -9,7 +9,7 @@ use super::{PYTHON_ROOT, Problem};
 use crate::chain::error::ChainError;
 use crate::chain::lock::LOCK_FILE;
 use crate::chain::names::{FileKind, ImageName, PointFile, PointName};
-use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL};
+use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL, RETIRED_FILE, RETIRED_PARTIAL};
 
 /// The directories of images in a destination.
 #[derive(Clone, Debug, Default)]
@@ -139,11 +139,11 @@ impl Files {
     }
 
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
-        if [LOCK_FILE, ANNOUNCEMENT_FILE, PYTHON_ROOT].contains(&name) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, RETIRED_FILE, PYTHON_ROOT].contains(&name) {
             return;
         }
         let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
-        if partial.is_some() || name == ANNOUNCEMENT_PARTIAL {
+        if partial.is_some() || [ANNOUNCEMENT_PARTIAL, RETIRED_PARTIAL].contains(&name) {
             // No run makes a directory of that name, so none may remove it.
             if path.is_dir() && !path.is_symlink() {
                 self.problems.push(Problem::NotARegularFile { path });
