@@ -11,10 +11,12 @@ use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
+mod prune;
 mod restore;
 mod serve;
 mod values;
 
+pub use prune::{HoldArgs, PruneArgs, ReleaseArgs};
 pub use restore::{Destination, RestoreArgs};
 pub use serve::ServeArgs;
 use values::PoolSpec;
@@ -38,6 +40,7 @@ Examples:
   rbd2qcow2 list /backups
   rbd2qcow2 restore /backups vm-1 --to-rbd rbd/vm-1-restored
   rbd2qcow2 serve /backups vm-1              the newest point, as a disk for QEMU
+  rbd2qcow2 prune /backups --keep-daily 14 --keep-weekly 8 --dry-run
   qemu-img info --backing-chain /backups/vm-1/vm-1@20261122T173312Z.qcow2";
 
 const BACKUP_EXAMPLES: &str = "\
@@ -114,6 +117,15 @@ pub enum Command {
     /// Serve a point as a disk, over NBD
     #[command(after_help = format!("{}\n\n{EXIT_STATUS}", serve::EXAMPLES))]
     Serve(ServeArgs),
+    /// Remove points that no rule keeps, or that are named
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::PRUNE_EXAMPLES))]
+    Prune(PruneArgs),
+    /// Hold a point, so that it is not pruned
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::HOLD_EXAMPLES))]
+    Hold(HoldArgs),
+    /// Release a point that is held
+    #[command(after_help = format!("{}\n\n{EXIT_STATUS}", prune::HOLD_EXAMPLES))]
+    Release(ReleaseArgs),
 }
 
 /// How to reach the cluster: the options of `rbd`.
@@ -312,7 +324,12 @@ impl Cli {
         }
         match &self.command {
             Command::Backup(args) => args.check(),
-            Command::List(_) | Command::Verify(_) | Command::Serve(_) => Ok(()),
+            Command::List(_)
+            | Command::Verify(_)
+            | Command::Serve(_)
+            | Command::Hold(_)
+            | Command::Release(_) => Ok(()),
+            Command::Prune(args) => args.check(),
             Command::Restore(args) => args.check(self.output.json),
         }
     }

@@ -16,11 +16,14 @@ mod args;
 mod backup;
 mod bars;
 mod console;
+mod hold;
 mod human;
 mod json;
 mod list;
 mod names;
 mod outcome;
+mod points;
+mod prune;
 mod report;
 mod restore;
 mod serve;
@@ -53,6 +56,9 @@ fn run(cli: &Cli) -> Outcome {
         Command::Verify(args) => verify::run(args, &cli.cluster(), &cli.output, &console),
         Command::Restore(args) => restore::run(args, cli.cluster(), &cli.output, &console),
         Command::Serve(args) => serve::run(args, &cli.output, &console),
+        Command::Prune(args) => prune::run(args, &cli.output, &console),
+        Command::Hold(args) => hold::hold(args, &cli.output, &console),
+        Command::Release(args) => hold::release(args, &cli.output, &console),
     };
     match result {
         Ok(outcome) => outcome,

@@ -53,8 +53,8 @@ fn nearest_image(asked: &str, dest: &Path) -> String {
     alike(asked, found.images.iter().map(|image| image.as_str()))
 }
 
-/// The points nearest in time.
-fn nearest_point(asked: PointName, known: &[PointName]) -> String {
+/// The points nearest in time, as the end of a sentence; empty where there are none.
+pub fn nearest_point(asked: PointName, known: &[PointName]) -> String {
     let distance = |point: &PointName| point.timestamp().as_second().abs_diff(asked.timestamp().as_second());
     let mut near = known.to_vec();
     near.sort_by_key(distance);

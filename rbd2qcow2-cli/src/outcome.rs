@@ -2,12 +2,15 @@
 
 use std::io;
 
-use rbd2qcow2_core::chain::ChainError;
+use rbd2qcow2_core::chain::hold::HoldError;
+use rbd2qcow2_core::chain::{ChainError, ImageName};
 use rbd2qcow2_core::point::PointError;
 use rbd2qcow2_core::pool::PoolError;
 use rbd2qcow2_core::rbd::RbdError;
 use rbd2qcow2_core::restore::RestoreError;
 use rbd2qcow2_core::serve::ServeError;
+
+use crate::points::NotFound;
 
 /// How a command that could begin has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +76,40 @@ pub enum CommandError {
         /// What may have been meant, as the end of the sentence.
         hint: String,
     },
+    /// What was named means nothing.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
+    /// A point could not be held or released.
+    #[error(transparent)]
+    Hold(#[from] HoldError),
+    /// A point could not be held or released because it is unknown.
+    #[error("{error}{hint}")]
+    HoldUnknown {
+        /// What is unknown. Has no cause.
+        error: Box<HoldError>,
+        /// What may have been meant, as the end of the sentence.
+        hint: String,
+    },
+    /// An image is named where a point is needed.
+    #[error("{:?} is an image; name one of its points, as `list` shows them: IMAGE@POINT", image.as_str())]
+    NoPoint {
+        /// The image.
+        image: ImageName,
+    },
+    /// An image is to be pruned, and nothing tells what of it.
+    #[error(
+        "nothing tells which points of image {:?} to keep: give at least one rule above 0, `--keep-daily 14` for \
+         instance, or name the points to remove as IMAGE@POINT", image.as_str()
+    )]
+    NoRule {
+        /// The image.
+        image: ImageName,
+    },
+    /// Rules are given, and no image that they are for.
+    #[error(
+        "rules are for images, and only single points are named: name the images, too, or leave out the rules"
+    )]
+    RulesForPoints,
     /// Standard output is to get an image, and is a terminal.
     #[error("standard output is a terminal, which an image would not do good; redirect it, or name a file")]
     Terminal,
@@ -94,6 +131,9 @@ impl CommandError {
             Self::Pool(PoolError::Pattern { .. })
             | Self::Restore(RestoreError::NoFile { .. })
             | Self::Point(PointError::Name(_))
+            | Self::NoPoint { .. }
+            | Self::NoRule { .. }
+            | Self::RulesForPoints
             | Self::Terminal => Outcome::WrongUsage,
             _ => Outcome::Failed,
         }

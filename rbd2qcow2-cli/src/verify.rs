@@ -5,7 +5,6 @@ use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rbd2qcow2_core::cancel::Cancel;
-use rbd2qcow2_core::chain::names::NameError;
 use rbd2qcow2_core::chain::{self, ImageName, PointName};
 use rbd2qcow2_core::error::Causes;
 use rbd2qcow2_core::rbd::{ClusterOptions, Patience, RbdError};
@@ -20,30 +19,15 @@ use crate::bars::VerifyBar;
 use crate::console::Console;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
-use crate::{human, names, signals};
+use crate::points::{Named, NotFound};
+use crate::{human, points, signals};
 
 /// Why an image could not be verified. The others are.
 #[derive(Debug, thiserror::Error)]
 enum ImageError {
-    /// There is no such image.
-    #[error("{} holds no backups of image {image:?}{hint}", dest.display())]
-    UnknownImage {
-        /// The directory of all images.
-        dest: std::path::PathBuf,
-        /// The image that was asked for.
-        image: String,
-        /// What may have been meant.
-        hint: String,
-    },
-    /// What stands behind the `@` is no point.
-    #[error("cannot verify {asked:?}")]
-    Point {
-        /// What was asked for.
-        asked: String,
-        /// What is wrong with it.
-        #[source]
-        cause: NameError,
-    },
+    /// There is no such image, or no such point.
+    #[error(transparent)]
+    NotFound(#[from] NotFound),
     /// The library could not look at the image.
     #[error("cannot verify image {image:?}")]
     Verify {
@@ -121,49 +105,15 @@ pub fn run(
 
 /// What was asked for, among what is there.
 fn select(args: &VerifyArgs, there: &[ImageName]) -> (Wanted, Vec<ImageError>) {
-    let mut wanted = Wanted::new();
     if args.points.is_empty() {
-        wanted.extend(there.iter().map(|image| (image.clone(), BTreeSet::new())));
+        return (there.iter().map(|image| (image.clone(), BTreeSet::new())).collect(), Vec::new());
     }
-    let mut whole = BTreeSet::new();
-    let mut failures = Vec::new();
-    for asked in &args.points {
-        match find(asked, there) {
-            Ok((image, Some(point))) => {
-                wanted.entry(image).or_default().insert(point);
-            }
-            Ok((image, None)) => {
-                wanted.entry(image.clone()).or_default();
-                whole.insert(image);
-            }
-            Err(Some(cause)) => failures.push(ImageError::Point { asked: asked.clone(), cause }),
-            Err(None) => failures.push(ImageError::UnknownImage {
-                dest: args.dest.clone(),
-                image: asked.clone(),
-                hint: names::alike(
-                    asked.split_once('@').map_or(asked, |(image, _)| image),
-                    there.iter().map(ImageName::as_str),
-                ),
-            }),
-        }
-    }
-    // All points, although one of them was named, too.
-    for image in whole {
-        wanted.insert(image, BTreeSet::new());
-    }
-    (wanted, failures)
-}
-
-/// The image and point that `asked` names. RBD knows no names with an `@`, so that the last one
-/// begins the point's name.
-fn find(asked: &str, there: &[ImageName]) -> Result<(ImageName, Option<PointName>), Option<NameError>> {
-    let known = |name: &str| there.iter().find(|image| image.as_str() == name).cloned();
-    if let Some(image) = known(asked) {
-        return Ok((image, None));
-    }
-    let (image, point) = asked.rsplit_once('@').ok_or(None)?;
-    let image = known(image).ok_or(None)?;
-    Ok((image, Some(PointName::parse(point).map_err(Some)?)))
+    let (found, failures) = points::select(&args.dest, &args.points, there);
+    // All points of a whole image, although one of them was named, too.
+    let wanted = found
+        .into_iter()
+        .map(|(image, Named { whole, points })| (image, if whole { BTreeSet::new() } else { points }));
+    (wanted.collect(), failures.into_iter().map(ImageError::from).collect())
 }
 
 fn verify(
@@ -251,22 +201,4 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
         writeln!(stdout, "    {}", human::printable(&error))?;
     }
     stdout.flush()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn points_are_told_from_images() {
-        let there = ["vm", "v@m", "a@20261122T173312Z"].map(|name| ImageName::new(name).unwrap());
-        let point = PointName::parse("20261122T173312Z").unwrap();
-        assert_eq!(find("vm", &there), Ok((there[0].clone(), None)));
-        assert_eq!(find("vm@20261122T173312Z", &there), Ok((there[0].clone(), Some(point))));
-        assert_eq!(find("v@m", &there), Ok((there[1].clone(), None)));
-        assert_eq!(find("v@m@20261122T173312Z", &there), Ok((there[1].clone(), Some(point))));
-        assert_eq!(find("a@20261122T173312Z", &there), Ok((there[2].clone(), None)));
-        assert_eq!(find("a", &there), Err(None));
-        assert!(matches!(find("vm@yesterday", &there), Err(Some(_))));
-    }
 }

@@ -33,6 +33,8 @@ mod list;
 mod mount;
 #[path = "cli/program.rs"]
 mod program;
+#[path = "cli/prune.rs"]
+mod prune;
 #[path = "cli/restore.rs"]
 mod restore;
 #[path = "cli/restore_rbd.rs"]

@@ -20,11 +20,13 @@ pub mod catalogue;
 pub mod digests;
 pub mod durable;
 mod error;
+pub mod hold;
 pub mod lock;
 pub mod manifest;
 mod merge;
 pub mod names;
 mod planned;
+mod retired;
 
 pub use announcement::Announcement;
 pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
@@ -50,6 +52,12 @@ const FORGET_FILE: &str = ".forget.json";
 
 /// Its name while it is being written.
 const FORGET_PARTIAL: &str = ".forget.json.partial";
+
+/// Name of the list of chains that have no points any more.
+const RETIRED_FILE: &str = ".retired";
+
+/// Its name while it is being written.
+const RETIRED_PARTIAL: &str = ".retired.partial";
 
 /// The directory where the points of `image` are, in the destination `dest`. It need not exist.
 #[must_use]
@@ -127,6 +135,24 @@ impl ChainWriter {
         writer.clean()?;
         writer.finish_forgetting()?;
         Ok(writer)
+    }
+
+    /// Opens the directory of an `image` that has points, as [`open`](Self::open) does. A directory of
+    /// something else gets no lock file, and none is created.
+    ///
+    /// # Errors
+    /// [`ChainError::NoSuchImage`] also when there are no points, and those of `open`.
+    pub fn open_existing(dest: &Path, image: &ImageName) -> Result<Self, ChainError> {
+        let path = image_directory(dest, image);
+        match Catalogue::read(&path, image) {
+            Ok(catalogue) if catalogue.points().is_empty() => Err(ChainError::NoSuchImage { path }),
+            // The destination itself may be what is missing, which has its own words.
+            Err(ChainError::NoSuchImage { .. }) if !dest.exists() => {
+                Err(ChainError::DestinationMissing { path: dest.to_owned() })
+            }
+            Err(error) => Err(error),
+            Ok(_) => Self::open(dest, image),
+        }
     }
 
     /// Removes the left-overs that the catalogue found, and a note that has served its purpose.
@@ -238,6 +264,28 @@ impl ChainWriter {
     /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
     pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
         self.catalogue.announced()
+    }
+
+    /// The ids of all chains that have, or had, points here: those whose snapshots may be removed. That
+    /// of the newest point is the last.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`].
+    pub fn own_chains(&self) -> Result<Vec<ChainId>, ChainError> {
+        let mut ids = retired::read(&self.directory)?;
+        let present = self.catalogue.chain_ids();
+        ids.retain(|id| !present.contains(id));
+        ids.extend(present);
+        Ok(ids)
+    }
+
+    /// Notes durably that the last points of some chains are about to be removed, so that their snapshots
+    /// are known later. Must return before the points go.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`]; the points must then stay.
+    pub fn retire(&self, chains: &[ChainId]) -> Result<(), ChainError> {
+        retired::add(&self.directory, chains)
     }
 
     /// Removes the note, durably: after the first commit of the chain, or when the snapshot is gone.
@@ -362,6 +410,7 @@ impl PendingLayer<'_> {
             file_bytes,
             layer_bytes,
             digests,
+            hold: None,
         };
         let bytes = manifest.to_bytes();
         let bytes =

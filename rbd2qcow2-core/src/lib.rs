@@ -19,7 +19,7 @@
 //!
 //! # Features
 //! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, restores
-//! to files, and serves points.
+//! to files, serves points, and prunes.
 
 #![deny(unsafe_code)]
 
@@ -41,6 +41,7 @@ pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
+pub mod prune;
 pub mod qcow2;
 pub mod rate;
 #[cfg(feature = "rbd")]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use rbd2qcow2_core::prune::{Limit, Policy};
 use rbd2qcow2_core::rbd::Features;
 use rbd2qcow2_core::restore::image::Overrides;
 use rbd2qcow2_core::restore::{FileFormat, Qcow2Options};
@@ -331,4 +332,26 @@ fn a_server_is_that_of_the_library_unless_told() {
     assert_eq!(serve.options.access, Access::Writable { overlay_directory: Some("/o".into()) });
     let serve = serve_of("serve /b vm-1 --port 0 --address ::1");
     assert_eq!(serve.options.listen, Listen::Tcp("[::1]:0".parse().unwrap()));
+}
+
+#[test]
+fn every_rule_of_prune_arrives() {
+    let line = "prune /d vm --keep-last 1 --keep-hourly 2 --keep-daily 3 --keep-weekly 4 --keep-monthly -1 \
+                --keep-yearly unlimited --keep-within 1y6m --dry-run";
+    let Ok(Cli { command: Command::Prune(args), .. }) = parse(line) else { panic!("{line}") };
+    let policy = Policy {
+        last: Limit::AtMost(1),
+        hourly: Limit::AtMost(2),
+        daily: Limit::AtMost(3),
+        weekly: Limit::AtMost(4),
+        monthly: Limit::All,
+        yearly: Limit::All,
+        within: Some("1y6m".parse().unwrap()),
+    };
+    assert_eq!((args.policy(), args.dry_run), (Some(policy), true));
+    assert!(refusal("prune /d").contains("at least one rule"));
+    assert!(refusal("prune /d --keep-daily 0").contains("at least one rule"));
+    for value in ["+1", "-2", "", "all", "1.5", "4294967296"] {
+        assert_eq!(values::limit(value), Err(values::ValueError::Limit), "{value}");
+    }
 }

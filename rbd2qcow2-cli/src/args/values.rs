@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use rbd2qcow2_core::chain::PointName;
 use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::prune::Limit;
 use rbd2qcow2_core::rbd::Features;
 
 /// Why a value is refused. Clap shows it behind the option and the value.
@@ -52,6 +53,12 @@ pub enum ValueError {
     /// Not a level of Zstandard.
     #[error("the level must be a number from 1 to 22")]
     Level,
+    /// No number of points.
+    #[error("must be a number, or `unlimited`")]
+    Limit,
+    /// An image where a single point is needed.
+    #[error("must be IMAGE@POINT; `list` shows the points")]
+    NoPoint,
 }
 
 /// `POOL[/NAMESPACE]`.
@@ -150,6 +157,24 @@ pub fn entity(text: &str) -> Result<String, ValueError> {
     match text.split_once('.') {
         Some((kind, id)) if !kind.is_empty() && !id.is_empty() => Ok(text.to_owned()),
         _ => Err(ValueError::Entity),
+    }
+}
+
+/// How many points a rule keeps. -1 is what restic and borg call `unlimited`.
+pub fn limit(text: &str) -> Result<Limit, ValueError> {
+    match text {
+        "unlimited" | "-1" => Ok(Limit::All),
+        // Not left to `parse` alone, which takes a plus sign.
+        _ if !text.bytes().all(|digit| digit.is_ascii_digit()) => Err(ValueError::Limit),
+        _ => text.parse().map(Limit::AtMost).map_err(|_| ValueError::Limit),
+    }
+}
+
+/// A name that may be that of a point: whose it is shows among what is there.
+pub fn with_point(text: &str) -> Result<String, ValueError> {
+    match text.rsplit_once('@') {
+        Some((image, point)) if !image.is_empty() && !point.is_empty() => Ok(text.to_owned()),
+        _ => Err(ValueError::NoPoint),
     }
 }
 

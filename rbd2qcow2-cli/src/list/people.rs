@@ -95,9 +95,20 @@ fn draw(listing: &Listing, now: Timestamp, lines: &mut Vec<Line<{ COLUMNS.len() 
                 virtual_size(point, listing.parent(point)),
                 human::size(point.layer_bytes),
                 needed_by[line.point].to_string(),
-                if point.sound { "" } else { "broken" }.to_owned(),
+                marks(point).to_owned(),
             ])
         }));
+    }
+}
+
+/// What is special about a point.
+fn marks(point: &Point) -> &'static str {
+    let held = point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some());
+    match (point.sound, held) {
+        (true, false) => "",
+        (true, true) => "held",
+        (false, false) => "broken",
+        (false, true) => "broken, held",
     }
 }
 

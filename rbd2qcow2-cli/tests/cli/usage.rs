@@ -62,6 +62,13 @@ fn wrong_usage_is_status_2_and_silent_on_standard_output() {
         &["serve", "/d", "x", "--port", "1", "--address", "localhost"],
         &["serve", "/d", "x", "--overlay-dir", "o"],
         &["serve", "/d", "x", "--connections", "0"],
+        &["prune", "/d"],
+        &["prune", "/d", "--keep-last", "many"],
+        &["prune", "/d", "--keep-last", "-2"],
+        &["prune", "/d", "--keep-within", "7"],
+        &["hold", "/d", "x", "--reason", "y"],
+        &["hold", "/d", "x@20261122T173312Z"],
+        &["release", "/d", "x"],
         &["--id", "a", "backup", "rbd", "/d", "--name", "client.b"],
     ] {
         let wrong = run(args);

@@ -124,7 +124,8 @@ impl Backup<'_> {
         }
     }
 
-    /// Removes the snapshots that killed runs of this chain left behind.
+    /// Removes the snapshots that no point tells of: killed runs of this chain left them behind, or the
+    /// point was pruned.
     pub(super) fn remove_unfinished_snapshots(
         &self,
         pool: &Pool,
@@ -132,13 +133,13 @@ impl Backup<'_> {
         chain: &ChainWriter,
     ) -> Result<(), BackupError> {
         let announced = chain.announced()?;
-        let mut own = chain.catalogue().chain_ids();
+        let mut own = chain.own_chains()?;
         own.extend(announced.iter().map(|note| note.snapshot.chain));
         let unfinished = own_snapshots(&head.snapshots()?, &own)
             .into_iter()
             .filter(|name| chain.catalogue().point(name.point).is_none());
         for name in unfinished {
-            log::info!("{}: removing snapshot {name}, left by a run that did not finish", self.image);
+            log::info!("{}: removing snapshot {name}, which is that of no point", self.image);
             match pool.remove_snapshot(self.image, &name.to_string()) {
                 Ok(()) => {}
                 // Somebody protected or cloned it: no reason to do without backups from now on.
@@ -180,7 +181,11 @@ impl Backup<'_> {
         chain: &ChainWriter,
         newest: SnapshotName,
     ) {
-        let mut own = chain.catalogue().chain_ids();
+        // What cannot be told now is left for the next backup.
+        let mut own = chain.own_chains().unwrap_or_else(|error| {
+            log::warn!("{}: {}; the point is safe", self.image, Causes(&error));
+            chain.catalogue().chain_ids()
+        });
         own.push(newest.chain);
         let result = source.image().snapshots().and_then(|snapshots| {
             let mut names = own_snapshots(&snapshots, &own);

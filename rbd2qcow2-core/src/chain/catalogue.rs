@@ -280,7 +280,8 @@ impl Catalogue {
         PointFile { image: self.image.clone(), point, kind }
     }
 
-    fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
+    /// Where a file of a point is, or would be.
+    pub(crate) fn path_of(&self, point: PointName, kind: FileKind) -> PathBuf {
         self.directory.join(self.file_of(point, kind).file_name())
     }
 

@@ -27,6 +27,12 @@ use crate::qcow2::SECTOR;
 use crate::qcow2::header::ClusterBits;
 use crate::qcow2::open_regular;
 
+mod hold;
+
+pub use hold::Hold;
+use hold::RawHold;
+pub(super) use hold::with_hold;
+
 /// The format that is written, and the only one that is read.
 pub const FORMAT: u64 = 1;
 
@@ -199,6 +205,8 @@ pub struct Manifest {
     pub layer_bytes: u64,
     /// The file of digests.
     pub digests: DigestsInfo,
+    /// Whether, and why, the point must not be pruned.
+    pub hold: Option<Hold>,
 }
 
 /// A manifest as it stands in the file. Nothing here was checked.
@@ -236,6 +244,8 @@ struct RawManifest {
     cluster_size: u32,
     extended_l2: bool,
     digests: RawDigests,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hold: Option<RawHold>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -346,6 +356,7 @@ impl Manifest {
                 bytes: self.digests.bytes,
                 blake3: self.digests.blake3.to_hex().to_string(),
             },
+            hold: self.hold.as_ref().map(RawHold::from),
         }
     }
 
@@ -396,7 +407,8 @@ impl Manifest {
         };
         let digests = DigestsInfo { bytes: raw.digests.bytes, blake3 };
         let (file_bytes, layer_bytes) = (raw.file_bytes, raw.layer_bytes);
-        Ok(Self { tool: raw.tool, image, point, parent, record, file_bytes, layer_bytes, digests })
+        let hold = raw.hold.map(Hold::try_from).transpose()?;
+        Ok(Self { tool: raw.tool, image, point, parent, record, file_bytes, layer_bytes, digests, hold })
     }
 }
 

@@ -275,6 +275,7 @@ impl PendingMerge<'_> {
                 file_bytes,
                 layer_bytes,
                 digests: digests.finish()?,
+                hold: self.hold(),
             };
             self.put_beside(&manifest)?;
         }
@@ -285,6 +286,11 @@ impl PendingMerge<'_> {
         durable::sync_directory(&self.writer.directory)
             .map_err(|cause| ChainError::CommitUncertain { path: layer.clone(), cause: cause.into() })?;
         if with_manifest { self.writer.settle(self.child) } else { Ok(()) }
+    }
+
+    /// Whoever holds the point goes on holding it.
+    fn hold(&self) -> Option<super::manifest::Hold> {
+        self.writer.catalogue.point(self.child)?.manifest.as_ref()?.hold.clone()
     }
 
     /// Puts manifest and digests beside those that they are to replace.

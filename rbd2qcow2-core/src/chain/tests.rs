@@ -8,10 +8,10 @@ use super::durable::fault::{self, Fault};
 use super::manifest::tests::record;
 use super::*;
 
-const CLUSTER_SIZE: u32 = 65536;
+pub(crate) const CLUSTER_SIZE: u32 = 65536;
 
 /// Not a multiple of a sector: the layer is 511 bytes larger.
-const VIRTUAL_SIZE: u64 = (1 << 20) + 1;
+pub(crate) const VIRTUAL_SIZE: u64 = (1 << 20) + 1;
 
 /// Whether `qemu-img` can be run. Where the environment requires the tools, it must.
 pub(crate) fn qemu_img_is_there() -> bool {
@@ -28,7 +28,7 @@ pub(crate) fn qemu_img_is_there() -> bool {
 }
 
 /// Makes a qcow2 file with `qemu-img create`.
-pub(super) fn create_layer(path: &Path, virtual_size: u64, backing: Option<&str>) {
+pub(crate) fn create_layer(path: &Path, virtual_size: u64, backing: Option<&str>) {
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", "-u"]);
     if let Some(backing) = backing {
@@ -38,11 +38,11 @@ pub(super) fn create_layer(path: &Path, virtual_size: u64, backing: Option<&str>
     assert!(output.status.success(), "{output:?}");
 }
 
-pub(super) fn image() -> ImageName {
+pub(crate) fn image() -> ImageName {
     ImageName::new("vm/1").expect("a name")
 }
 
-pub(super) fn point(text: &str) -> PointName {
+pub(crate) fn point(text: &str) -> PointName {
     PointName::parse(text).expect("a point")
 }
 

@@ -9,7 +9,9 @@ use super::{PYTHON_ROOT, Problem};
 use crate::chain::error::ChainError;
 use crate::chain::lock::LOCK_FILE;
 use crate::chain::names::{FileKind, ImageName, PointFile, PointName};
-use crate::chain::{ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL, FORGET_FILE, FORGET_PARTIAL};
+use crate::chain::{
+    ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL, FORGET_FILE, FORGET_PARTIAL, RETIRED_FILE, RETIRED_PARTIAL,
+};
 
 /// The directories of images in a destination.
 #[derive(Clone, Debug, Default)]
@@ -143,11 +145,11 @@ impl Files {
     }
 
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
-        if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, PYTHON_ROOT].contains(&name) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, RETIRED_FILE, PYTHON_ROOT].contains(&name) {
             return;
         }
         let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
-        if partial.is_some() || [ANNOUNCEMENT_PARTIAL, FORGET_PARTIAL].contains(&name) {
+        if partial.is_some() || [ANNOUNCEMENT_PARTIAL, FORGET_PARTIAL, RETIRED_PARTIAL].contains(&name) {
             // No run makes a directory of that name, so none may remove it.
             if path.is_dir() && !path.is_symlink() {
                 self.problems.push(Problem::NotARegularFile { path });

@@ -56,6 +56,7 @@ fn sample() -> Manifest {
         file_bytes: 393_216,
         layer_bytes: 200_704,
         digests: DigestsInfo { bytes: 152, blake3: blake3::hash(b"digests") },
+        hold: None,
     }
 }
 
@@ -122,6 +123,23 @@ fn keys_of_a_newer_version_are_tolerated_and_covered_by_the_checksum() {
 }
 
 #[test]
+fn a_hold_comes_and_goes_and_leaves_the_rest_as_it_was() {
+    let newer = edited(|value| value["dictionary"] = serde_json::json!({"b": [1, 2.5], "a": null}));
+    let since: jiff::Timestamp = "2026-11-23T18:00:00Z".parse().expect("a time");
+    let hold = Hold { reason: "before the \u{1b}[1mupgrade\u{1b}[0m\n".to_owned(), since };
+    for bytes in [newer, sample().to_bytes().expect("valid")] {
+        let held = with_hold(&bytes, &sample().image, sample().point, Some(&hold)).expect("held");
+        let expected = Manifest { hold: Some(hold.clone()), ..sample() };
+        assert_eq!(parse(&held).expect("valid"), expected);
+        let again = Hold { reason: "another".to_owned(), ..hold.clone() };
+        let again = with_hold(&held, &sample().image, sample().point, Some(&again)).expect("held");
+        assert_eq!(with_hold(&again, &sample().image, sample().point, None).expect("released"), bytes);
+    }
+    let held = Manifest { hold: Some(hold), ..sample() };
+    assert_eq!(parse(&held.to_bytes().expect("valid")).expect("valid"), held);
+}
+
+#[test]
 fn another_format_is_named() {
     for format in [serde_json::json!(2), serde_json::json!("1"), Value::Null, serde_json::json!(1.0)] {
         let error = parse(&edited(|value| value["format"] = format)).expect_err("another format");
@@ -134,7 +152,7 @@ fn another_format_is_named() {
 #[test]
 fn impossible_values_are_rejected() {
     type Edit = fn(&mut Value);
-    let edits: [(&str, Edit); 15] = [
+    let edits: [(&str, Edit); 16] = [
         ("chain", |value| value["chain"] = "C0FFEE00".into()),
         ("point", |value| value["point"] = "yesterday".into()),
         ("parent", |value| value["parent"] = "20261123T173307Z".into()),
@@ -149,6 +167,7 @@ fn impossible_values_are_rejected() {
         ("stripe_count", |value| value["stripe_count"] = 0.into()),
         ("cluster_size", |value| value["cluster_size"] = (4 << 20).into()),
         ("digests.blake3", |value| value["digests"]["blake3"] = "00".into()),
+        ("hold.since", |value| value["hold"] = serde_json::json!({"reason": "", "since": "today"})),
         ("metadata", |value| value["metadata"]["note"] = "hex:61".into()),
     ];
     for (expected, edit) in edits {

@@ -1,0 +1,243 @@
+//! `prune`, `hold` and `release`: on directories without a cluster, and between backups.
+
+use std::fs;
+use std::path::Path;
+
+use rbd2qcow2_core::chain::lock::ChainLock;
+use serde_json::Value;
+
+use crate::cluster::unique_image;
+use crate::cluster_or_skip;
+use crate::directory::Backups;
+use crate::driver::FULL_FEATURES;
+use crate::program::{Run, command, run};
+use crate::rig::{MIB, Rig};
+
+/// Runs a command on a destination; the local time is that of Berlin, whatever the tester's is.
+fn on(dest: &Path, words: &[&str]) -> Run {
+    let (name, args) = words.split_first().unwrap();
+    let mut command = command();
+    command.arg(name).arg(dest).args(args).env("TZ", "CET-1CEST,M3.5.0,M10.5.0/3");
+    command.output().unwrap().into()
+}
+
+/// Two chains of an image, the old one of two points, and another image of one point.
+fn two_chains() -> Backups {
+    let backups = Backups::new();
+    backups.add("vm", "0123abcd", "2026-11-20T22:30:00Z");
+    backups.add("vm", "0123abcd", "2026-11-21T23:30:00Z");
+    backups.add_upon(None, "vm", "89abcdef", "2026-11-22T22:30:00Z");
+    backups.add("db", "89abcdef", "2026-11-22T17:34:00Z");
+    backups
+}
+
+/// The names of the files of an image's points.
+fn files(backups: &Backups, image: &str) -> Vec<String> {
+    let entries = fs::read_dir(backups.image(image)).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.retain(|name| !name.starts_with('.'));
+    names.sort();
+    names
+}
+
+#[test]
+fn a_dry_run_tells_why_and_changes_nothing() {
+    let backups = two_chains();
+    let before = files(&backups, "vm");
+    let told = on(backups.path(), &["prune", "--keep-last", "1", "--keep-daily", "1", "--dry-run"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!(
+        told.stdout,
+        "db@20261122T173400Z: keep (newest, last, daily 2026-11-22)\n\
+         vm@20261120T223000Z: remove (no rule keeps it)\n\
+         vm@20261121T233000Z: remove (no rule keeps it)\n\
+         vm@20261122T223000Z: keep (newest, last, daily 2026-11-22)\n"
+    );
+    assert!(told.stderr.starts_with("2 points would stay, 2 would be removed, "), "{told:?}");
+    assert_eq!(files(&backups, "vm"), before);
+    // Half past eleven in the evening UTC is the next day already, and so the same as that of the newest.
+    let told = on(backups.path(), &["prune", "vm", "--keep-daily", "2", "--dry-run", "--json"]);
+    let lines: Vec<Value> = told.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let reasons: Vec<_> = lines.iter().map(|line| line["reason"].as_str().unwrap()).collect();
+    assert_eq!(reasons, ["daily 2026-11-20", "no rule keeps it", "newest, daily 2026-11-22"], "{told:?}");
+    assert_eq!(lines[1]["merged_into"], Value::Null);
+    assert_eq!(
+        told.stdout.lines().next().unwrap(),
+        r#"{"image":"vm","point":"20261120T223000Z","action":"keep","reason":"daily 2026-11-20","merged_into":null}"#
+    );
+}
+
+#[test]
+fn a_dry_run_tells_what_is_merged_where() {
+    let backups = Backups::of_two_images();
+    backups.add("web/1", "0123abcd", "2026-11-24T17:33:07Z");
+    let told = on(backups.path(), &["prune", "web/1", "--keep-last", "1", "--dry-run", "--json"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    let lines: Vec<Value> = told.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let into: Vec<_> = lines.iter().map(|line| line["merged_into"].as_str()).collect();
+    assert_eq!(into, [Some("20261124T173307Z"), Some("20261124T173307Z"), None]);
+    let told = on(backups.path(), &["prune", "web/1", "--keep-last", "1", "--dry-run"]);
+    assert!(told.stdout.contains("remove, merged into 20261124T173307Z (no rule keeps it)"), "{told:?}");
+    assert!(told.stderr.contains("0 B to "), "{told:?}");
+}
+
+#[test]
+fn an_old_chain_is_removed() {
+    let backups = two_chains();
+    let told = on(backups.path(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert!(told.stdout.contains("vm@20261120T223000Z: removed (no rule keeps it)\n"), "{told:?}");
+    assert!(told.stderr.starts_with("2 points kept, 2 removed, "), "{told:?}");
+    let left = [".digests", ".json", ".qcow2"].map(|suffix| format!("vm@20261122T223000Z{suffix}"));
+    assert_eq!(files(&backups, "vm"), left);
+    assert_eq!(files(&backups, "db").len(), 3);
+    let again = on(backups.path(), &["prune", "--keep-last", "1", "-q"]);
+    assert_eq!((again.status, again.stdout.as_str(), again.stderr.as_str()), (Some(0), "", ""));
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+}
+
+#[test]
+fn single_points_are_removed() {
+    let backups = two_chains();
+    let told = on(backups.path(), &["prune", "vm@20261121T233000Z"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!(
+        told.stdout,
+        "vm@20261120T223000Z: kept (not named)\n\
+         vm@20261121T233000Z: removed (named)\n\
+         vm@20261122T223000Z: kept (newest, not named)\n"
+    );
+    assert_eq!(files(&backups, "vm").len(), 6);
+    for (asked, words) in [
+        ("vm@20261122T223000Z", "is its newest"),
+        ("vm@20261120T223001Z", "did you mean \"20261120T223000Z\""),
+        ("vm@yesterday", "names no point"),
+        ("vm2", "did you mean \"vm\"?"),
+    ] {
+        let told = on(backups.path(), &["prune", asked, "db", "--keep-last", "1"]);
+        assert_eq!(told.status, Some(1), "{told:?}");
+        assert!(told.stderr.contains(words), "{told:?}");
+        assert_eq!(told.stdout, "db@20261122T173400Z: kept (newest, last)\n");
+    }
+    assert_eq!(files(&backups, "vm").len(), 6);
+}
+
+#[test]
+fn rules_and_points_that_do_not_go_together_are_wrong_usage() {
+    let backups = two_chains();
+    for (words, said) in [
+        (&["prune"][..], "nothing tells which points to keep"),
+        (&["prune", "--keep-last", "0"], "nothing tells which points to keep"),
+        (&["prune", "vm", "--keep-daily", "0"], "nothing tells which points of image \"vm\""),
+        (&["prune", "vm@20261121T233000Z", "--keep-last", "1"], "only single points are named"),
+        (&["hold", "vm", "--reason", "x"], "must be IMAGE@POINT"),
+        (&["hold", "vm@20261121T233000Z"], "--reason"),
+    ] {
+        let told = on(backups.path(), words);
+        assert_eq!((told.status, told.stdout.as_str()), (Some(2), ""), "{told:?}");
+        assert!(told.stderr.contains(said), "{told:?}");
+    }
+    assert_eq!(files(&backups, "vm").len(), 9);
+}
+
+#[test]
+fn a_point_that_is_held_stays_until_it_is_released() {
+    let backups = two_chains();
+    let point = "vm@20261121T233000Z";
+    let told = on(backups.path(), &["hold", point, "--reason", "before the upgrade"]);
+    assert_eq!((told.status, told.stdout.as_str()), (Some(0), ""), "{told:?}");
+    assert_eq!(told.stderr, format!("{point}: held (before the upgrade)\n"));
+    let listed = on(backups.path(), &["list", "vm"]);
+    let line = listed.stdout.lines().find(|line| line.contains("20261121T233000Z")).unwrap();
+    assert!(line.ends_with("  held"), "{listed:?}");
+    assert_eq!(listed.stdout.matches("held").count(), 1, "{listed:?}");
+    assert!(!on(backups.path(), &["list", "vm", "--json"]).stdout.contains("held"));
+
+    let told = on(backups.path(), &["prune", point]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stderr.contains("is held (\"before the upgrade\")"), "{told:?}");
+    let told = on(backups.path(), &["prune", "vm", "--keep-last", "1", "--dry-run"]);
+    assert!(told.stdout.contains(&format!("{point}: keep (held: before the upgrade)\n")), "{told:?}");
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+
+    let told = on(backups.path(), &["release", point, "--json", "-q"]);
+    assert_eq!((told.status, told.stderr.as_str()), (Some(0), ""), "{told:?}");
+    let line: Value = serde_json::from_str(&told.stdout).unwrap();
+    assert_eq!((&line["held"], &line["reason"]), (&Value::Bool(false), &"before the upgrade".into()));
+    let again = on(backups.path(), &["release", point]);
+    assert_eq!(again.status, Some(1), "{again:?}");
+    assert!(again.stderr.contains("is not held"), "{again:?}");
+    assert_eq!(on(backups.path(), &["prune", "vm", "--keep-last", "1"]).status, Some(0));
+    assert_eq!(files(&backups, "vm").len(), 3);
+    let unknown = on(backups.path(), &["hold", point, "--reason", "x"]);
+    assert_eq!(unknown.status, Some(1), "{unknown:?}");
+    assert!(unknown.stderr.contains("has no point 20261121T233000Z; did you mean "), "{unknown:?}");
+}
+
+#[test]
+fn an_image_in_use_is_left_for_the_next_run() {
+    let backups = two_chains();
+    backups.add_upon(None, "db", "0123abcd", "2026-11-23T17:34:00Z");
+    let lock = ChainLock::shared(&backups.image("vm")).unwrap();
+    let told = on(backups.path(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stderr.contains("image \"vm\" is left for the next run"), "{told:?}");
+    assert!(told.stderr.contains("another run is reading this chain"), "{told:?}");
+    assert_eq!((files(&backups, "vm").len(), files(&backups, "db").len()), (9, 3));
+    // Neither a look nor an image of which nothing goes waits for anybody.
+    assert_eq!(on(backups.path(), &["prune", "--keep-last", "1", "--dry-run"]).status, Some(0));
+    assert_eq!(on(backups.path(), &["prune", "--keep-within", "1y"]).status, Some(0));
+    drop(lock);
+    assert_eq!(on(backups.path(), &["prune", "--keep-last", "1"]).status, Some(0));
+    assert_eq!(files(&backups, "vm").len(), 3);
+}
+
+#[test]
+fn nothing_of_a_broken_image_is_removed_and_the_others_are_pruned() {
+    let backups = two_chains();
+    backups.add_upon(None, "db", "0123abcd", "2026-11-23T17:34:00Z");
+    fs::remove_file(backups.image("vm").join("vm@20261120T223000Z.qcow2")).unwrap();
+    let left = files(&backups, "vm");
+    let told = on(backups.path(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stderr.contains("nothing of it is pruned"), "{told:?}");
+    assert!(
+        told.stderr.contains("vm@20261121T233000Z.qcow2 builds upon point 20261120T223000Z, which"),
+        "{told:?}"
+    );
+    assert_eq!(files(&backups, "vm"), left);
+    assert_eq!(files(&backups, "db").len(), 3);
+}
+
+#[test]
+fn help_tells_the_rules() {
+    let help = run(&["prune", "--help"]);
+    for words in ["--keep-within", "--keep-yearly", "restic forget", "newest point of an image always stays"]
+    {
+        assert!(help.stdout.contains(words), "{words}: {help:?}");
+    }
+}
+
+#[test]
+fn backups_go_on_after_an_old_chain_is_gone_and_so_do_its_snapshots() {
+    let cluster = cluster_or_skip!("prune::backups_go_on_after_an_old_chain_is_gone_and_so_do_its_snapshots");
+    let rig = Rig::new(&cluster);
+    let image = unique_image("prune");
+    rig.image(&image, 8, FULL_FEATURES);
+    for full in
+        [&["--keep-snapshots", "9"][..], &["--keep-snapshots", "9"], &["--keep-snapshots", "9", "--full"]]
+    {
+        rig.change(&image, 0, MIB, 1);
+        rig.back_up(&image, full);
+    }
+    assert_eq!(rig.snapshots(&image).len(), 3);
+    let told = on(rig.dest(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!((rig.layers(&image).len(), rig.snapshots(&image).len()), (1, 3));
+    rig.change(&image, MIB, MIB, 2);
+    let told = rig.back_up(&image, &[]);
+    assert!(told.stderr.contains(": incremental, "), "{told:?}");
+    rig.assert_only_the_newest_snapshot(&image);
+    let told = on(rig.dest(), &["verify", "--source", "-c", rig.conf.to_str().unwrap()]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+}

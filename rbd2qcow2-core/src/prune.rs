@@ -1,0 +1,84 @@
+//! Forgetting points without breaking the chains.
+//!
+//! In three parts: [`policy`] tells which points rules keep, by their times alone; [`plan`] what that
+//! means for the points of an image, which build upon each other; and [`PruneImage`] does it.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+use crate::cancel::Cancel;
+use crate::chain::{Catalogue, ChainWriter, ImageName, image_directory};
+
+mod error;
+pub mod plan;
+pub mod policy;
+mod reason;
+mod remove;
+
+pub use error::PruneError;
+pub use plan::{Action, Decision, Merge, Plan, PlanError, Wanted};
+pub use policy::{Limit, Policy, Within, WithinError};
+pub use reason::{Reason, Rule};
+
+#[cfg(test)]
+mod tests;
+
+/// Points of one image that are to go.
+#[derive(Clone, Copy, Debug)]
+pub struct PruneImage<'a> {
+    /// The directory that holds a directory for each image.
+    pub dest: &'a Path,
+    /// The image.
+    pub image: &'a ImageName,
+    /// Which points.
+    pub wanted: &'a Wanted,
+    /// Whose days, weeks and so on the rules mean.
+    pub zone: &'a TimeZone,
+    /// The time: what lies after it is a mistake of some clock.
+    pub now: Timestamp,
+    /// Asks for a stop.
+    pub cancel: &'a Cancel,
+}
+
+impl PruneImage<'_> {
+    /// What [`run`](Self::run) would do now. Changes nothing, and takes no lock: where a backup ends
+    /// meanwhile, this may be what was true before.
+    ///
+    /// # Errors
+    /// [`PruneError::Plan`], [`PruneError::Chain`].
+    pub fn plan(&self) -> Result<Plan, PruneError> {
+        let catalogue = Catalogue::read(&image_directory(self.dest, self.image), self.image)?;
+        self.plan_for(&catalogue)
+    }
+
+    /// Removes the points, and tells what was done. Blocks, and holds the chain's lock where there is
+    /// something to do: who reads the chain or writes it keeps this from beginning, and the other way round.
+    ///
+    /// Whenever the process dies, all points that are to stay are whole, and each of the others is there
+    /// or not. The next run removes the files that are left of one.
+    ///
+    /// # Errors
+    /// All of [`PruneError`].
+    pub fn run(&self) -> Result<Plan, PruneError> {
+        // Nobody needs to be kept out, or to be waited for, where nothing is to go. Whatever else there is
+        // to say is said of what the lock keeps as it is.
+        match self.plan() {
+            Ok(plan) if plan.is_empty() => return Ok(plan),
+            _ => {}
+        }
+        let writer = ChainWriter::open_existing(self.dest, self.image)?;
+        let plan = self.plan_for(writer.catalogue())?;
+        if let Some(merge) = plan.merges.first() {
+            return Err(PruneError::MergeMissing { point: merge.child });
+        }
+        remove::retire_chains(&writer, &plan)?;
+        remove::remove_points(&writer, &plan.removals, self.cancel)?;
+        Ok(plan)
+    }
+
+    fn plan_for(&self, catalogue: &Catalogue) -> Result<Plan, PruneError> {
+        Ok(Plan::new(catalogue, self.wanted, self.zone, self.now)?)
+    }
+}
