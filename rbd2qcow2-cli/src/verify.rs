@@ -85,9 +85,15 @@ pub fn run(
                 continue;
             }
         };
+        warn_of_nothing_compared(image, &reports);
         for report in &reports {
             if report.status == VerifyStatus::Damaged {
                 outcome = Outcome::Failed;
+            }
+            if let Some(SourceStatus::Failed(why)) = &report.source {
+                outcome = Outcome::Failed;
+                let (image, point) = (human::name(image.as_str()), report.point);
+                console.line(&format!("error: cannot compare {image}@{point} with its snapshot: {why}"));
             }
             match console.apart(|| tell(image, report, output)) {
                 // The reader has seen enough, as `head` has.
@@ -147,6 +153,21 @@ fn verify(
     })
 }
 
+/// A proof that nobody made must not look like one, even to those who want to hear little.
+fn warn_of_nothing_compared(image: &ImageName, reports: &[PointReport]) {
+    let why = |report: &PointReport| match &report.source {
+        Some(SourceStatus::NotCompared(why)) => Some(why.clone()),
+        _ => None,
+    };
+    let all: Option<Vec<_>> = reports.iter().map(why).collect();
+    if let Some(newest) = all.and_then(|mut all| all.pop()) {
+        log::warn!(
+            "{}: no point was compared with its snapshot; of the newest: {newest}",
+            human::name(image.as_str())
+        );
+    }
+}
+
 /// The cluster, where points are compared with their snapshots.
 fn connect(
     args: &VerifyArgs,
@@ -171,6 +192,7 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
             SourceStatus::Same => "same",
             SourceStatus::Different => "different",
             SourceStatus::NotCompared(_) => "not compared",
+            SourceStatus::Failed(_) => "failed",
         });
         let line = Line { image, point, status, checked_bytes: report.checked_bytes, errors, source };
         return JsonLines::new(stdout).write(&line);
@@ -190,6 +212,7 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
         Some(SourceStatus::Same) => ", the same as its snapshot".to_owned(),
         Some(SourceStatus::Different) => ", different from its snapshot".to_owned(),
         Some(SourceStatus::NotCompared(why)) => format!(", not compared with its snapshot ({why})"),
+        Some(SourceStatus::Failed(_)) => ", could not be compared with its snapshot".to_owned(),
     };
     writeln!(
         stdout,

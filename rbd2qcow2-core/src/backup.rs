@@ -1,5 +1,6 @@
 //! One image's backup, told as the path of its data.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -148,9 +149,7 @@ impl Backup<'_> {
                 Some(format!("the image's metadata has backup-skip={}", String::from_utf8_lossy(value)));
             return Ok(Status::Skipped);
         }
-        if let Some(value) = metadata.get(INCOMPLETE_KEY) {
-            return Err(BackupError::HalfRestored { of: describe_incomplete(value) });
-        }
+        refuse_half_restored(&metadata)?;
         if self.options.dry_run {
             return self.rehearse(&name, &head, report);
         }
@@ -170,6 +169,9 @@ impl Backup<'_> {
         if let Some(why) = source.fallback() {
             log::info!("{}: {why}; all objects are compared instead", self.image);
         }
+
+        // A restore that began meanwhile marks the image before it changes anything.
+        refuse_half_restored(&source.image().metadata()?)?;
 
         self.stage(Stage::Copy);
         let cluster_size = self.options.cluster_size.unwrap_or(LayerSpec::DEFAULT_CLUSTER_SIZE);
@@ -282,6 +284,14 @@ impl Backup<'_> {
     }
 }
 
+/// Refuses an image whose metadata say that it is not yet what it is to be.
+fn refuse_half_restored(metadata: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), BackupError> {
+    match metadata.get(INCOMPLETE_KEY) {
+        Some(value) => Err(BackupError::HalfRestored { of: describe_incomplete(value) }),
+        None => Ok(()),
+    }
+}
+
 /// What is recorded besides the data.
 impl Backup<'_> {
     fn record(
@@ -290,7 +300,7 @@ impl Backup<'_> {
         cluster_size: u32,
         grain: u64,
         taken: Taken,
-        metadata: std::collections::BTreeMap<Vec<u8>, Vec<u8>>,
+        metadata: BTreeMap<Vec<u8>, Vec<u8>>,
         progress: &Progress,
     ) -> Result<Record, BackupError> {
         let info = source.info();

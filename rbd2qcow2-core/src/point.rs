@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
 use crate::chain::manifest::Record;
 use crate::chain::names::{ImageName, PointName};
@@ -93,6 +94,22 @@ impl OpenPoint {
     pub fn record(&self) -> Option<&Record> {
         let point = self.catalogue.point(self.name)?;
         point.manifest.as_ref().map(|manifest| &manifest.record)
+    }
+
+    /// Reads all tables of all layers, as far as the point shows them, and no data: so that damage there
+    /// is found before anything is changed that cannot be brought back. Blocks.
+    ///
+    /// # Errors
+    /// [`PointError::Damaged`]. `Ok(false)` when `cancel` was set meanwhile.
+    pub(crate) fn check_tables(&self, cancel: &Cancel) -> Result<bool, PointError> {
+        let damaged = |cause: ReadError| damaged(&self.catalogue, self.name, cause.into());
+        for piece in self.chain.map(0..self.size).map_err(damaged)? {
+            piece.map_err(damaged)?;
+            if cancel.is_set() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The layers.

@@ -15,7 +15,6 @@ use crate::chain::lock::ChainLock;
 use crate::chain::names::PointFile;
 use crate::chain::{Catalogue, ChainError, ImageName, PointName, Problem, image_directory};
 use crate::progress::Counter;
-use crate::source::BoxError;
 
 mod affected;
 mod coverage;
@@ -120,15 +119,6 @@ pub enum VerifyError {
     /// There is no such point.
     #[error(transparent)]
     NoSuchPoint(Problem),
-    /// A point could not be compared with its snapshot.
-    #[error("cannot compare with snapshot {snapshot}")]
-    Source {
-        /// The snapshot's name.
-        snapshot: String,
-        /// Why.
-        #[source]
-        cause: BoxError,
-    },
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -189,12 +179,18 @@ impl VerifyImage<'_> {
         }
         let mut sources = self.compare_with_snapshots(&catalogue, &wanted)?;
         let mut damage = BTreeMap::new();
+        let mut differing = BTreeMap::new();
         for (name, verdict) in &mut verdicts {
-            let mut ranges = std::mem::take(&mut verdict.damage);
-            ranges.extend(sources.get(name).into_iter().flat_map(|source| source.ranges.iter().cloned()));
-            damage.insert(*name, ranges.into_ranges());
+            damage.insert(*name, std::mem::take(&mut verdict.damage).into_ranges());
+            differing.insert(*name, sources.get(name).map_or_else(Vec::new, |source| source.ranges.clone()));
         }
-        let inherited = affected(&catalogue, &needed, damage);
+        let mut inherited = affected(&catalogue, &needed, damage);
+        for (name, findings) in affected(&catalogue, &needed, differing) {
+            // What was changed back since, without a trace, is right again: it was compared.
+            if sources.get(&name).is_none_or(|source| source.status != SourceStatus::Same) {
+                inherited.entry(name).or_default().extend(findings);
+            }
+        }
         let verifiable: BTreeSet<_> =
             verdicts.iter().filter(|(_, verdict)| verdict.verifiable).map(|(name, _)| *name).collect();
         let report = |name| {

@@ -173,8 +173,11 @@ impl Cluster {
         cluster.set(c"rbd_concurrent_management_ops", &CONCURRENT_MANAGEMENT_OPS.to_string_lossy())?;
         // Everything is read once: a cache only costs a copy.
         cluster.set(c"rbd_cache", "false")?;
-        // What is written stays as it is until it is. librbd before Luminous has no such option.
-        let _ = cluster.set(c"rbd_disable_zero_copy_writes", "false");
+        if sys::newer::rbd_aio_write_zeroes().is_some() {
+            // What is written stays as it is until librbd is done with it; and those librbds (Pacific and
+            // later) are done only when nothing refers to it any more.
+            cluster.set(c"rbd_disable_zero_copy_writes", "false")?;
+        }
         Ok(cluster)
     }
 

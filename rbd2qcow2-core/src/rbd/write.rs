@@ -31,6 +31,12 @@ impl Image {
         Ok(())
     }
 
+    /// Whether [`write_zeroes`](Self::write_zeroes) frees what it zeroes.
+    #[must_use]
+    pub fn frees_zeroes() -> bool {
+        sys::newer::rbd_aio_write_zeroes().is_some()
+    }
+
     /// Makes `range`, in bytes, read as zeroes, and frees what it took in the cluster. Blocks like
     /// [`write`](Self::write).
     ///

@@ -56,6 +56,9 @@ impl Restore {
             let (title, size, needed) = (target.title.to_owned(), target.size, point.size());
             return Err(RestoreError::BlockTooSmall { title, size, needed });
         }
+        if !point.check_tables(cancel)? {
+            return Err(RestoreError::Cancelled);
+        }
         run.to_block(&point, target, &cancel.part()).map_err(|cause| match cause {
             _ if cancel.is_set() => RestoreError::Cancelled,
             cause => RestoreError::Block { title: target.title.to_owned(), cause },
@@ -99,6 +102,7 @@ impl Change<'_> {
         let layer = self.layer(Task::Fill);
         let source = ChainSource::new(self.point.chain(), self.point.size());
         self.copy(&source, &layer, true, self.memory(), &self.run.progress)?;
+        self.flush(&layer)?;
         Ok(layer.written.get())
     }
 
@@ -121,6 +125,7 @@ impl Change<'_> {
         let layer = self.layer(Task::Mend(comparison));
         let source = ChainSource::new(self.point.chain(), self.point.size());
         self.copy(&source, &layer, false, half, &self.run.progress)?;
+        self.flush(&layer)?;
         Ok((layer.written.get(), layer.zeroed.get()))
     }
 
@@ -152,8 +157,18 @@ impl Change<'_> {
             cancel: self.run.cancel,
             stop: self.stop,
         };
-        let copied = copy.run().and_then(|_| copy::finish(layer, self.run.cancel));
-        copied.map_err(|error| match error {
+        copy.run().map(drop).map_err(|error| self.explain(error))
+    }
+
+    /// Brings all that was written to stable storage. Once, at the end: where librbd has a cache, whose
+    /// configuration it may find in the image, it writes through until the first flush, and tells of
+    /// each write that failed.
+    fn flush(&self, layer: &BlockLayer<'_>) -> Result<(), BoxError> {
+        copy::finish(layer, self.run.cancel).map_err(|error| self.explain(error))
+    }
+
+    fn explain(&self, error: CopyError) -> BoxError {
+        match error {
             CopyError::Source(cause) => match self.point.explain(cause) {
                 Ok(error) => error.into(),
                 Err(error) => error.into(),
@@ -161,7 +176,7 @@ impl Change<'_> {
             // It is no layer to whoever reads this.
             CopyError::Layer(LayerError::Write { cause, .. } | LayerError::Finish { cause, .. }) => cause,
             error => error.into(),
-        })
+        }
     }
 }
 

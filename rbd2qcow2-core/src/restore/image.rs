@@ -19,7 +19,7 @@ use crate::cancel::Cancel;
 use crate::layer::block::BlockImage;
 use crate::point::OpenPoint;
 use crate::progress::Observer;
-use crate::rbd::{Cluster, ClusterOptions, Image, Patience, Pool, RbdError};
+use crate::rbd::{Cluster, ClusterOptions, Features, Image, Patience, Pool, RbdError};
 use crate::source::librbd::LibrbdSource;
 use crate::source::{BoxError, RbdDiffSource};
 
@@ -86,8 +86,8 @@ impl Restore {
     /// warning, and a clone becomes an image that stands alone. Without a manifest (points of the Python
     /// tool) all but the size is as Ceph's configuration says.
     ///
-    /// An image that exists is only changed with [`ImageTarget::overwrite`], or where it is the
-    /// unfinished restore of the same point, and never while a client has it open for writing. It keeps
+    /// An image that exists is only changed with [`ImageTarget::overwrite`], or where it was made by the
+    /// unfinished restore of the same point, or has no size and no snapshots; and never while a client has it open for writing. It keeps
     /// its snapshots, features, metadata (but for those in `target`) and, where that is not too small and
     /// none is given, its size: what lies behind the point's end is made zeroes.
     ///
@@ -102,6 +102,9 @@ impl Restore {
     ) -> Result<RestoreReport, RestoreError> {
         let run = self.begin(observer, cancel);
         let point = run.open()?;
+        if !point.check_tables(cancel)? {
+            return Err(RestoreError::Cancelled);
+        }
         // Whatever fails first ends the waits for everything else.
         let stop = cancel.part();
         let pool = connect(target, &stop)?;
@@ -146,7 +149,7 @@ fn complete(
         title: &target.to_string(),
         size: info.size,
         // Objects that share stripes are no stretches of the image.
-        object_size: (info.stripe_count == 1).then_some(info.object_size),
+        object_size: (info.stripe_count == 1 && Image::frees_zeroes()).then_some(info.object_size),
         contents: contents.as_ref().map(|contents| contents as &dyn RbdDiffSource),
     };
     let report = run.to_block(point, &block, stop)?;
@@ -155,6 +158,13 @@ fn complete(
     }
     if run.cancel.is_set() {
         return Err(RbdError::Cancelled.into());
+    }
+    if !info.features.has(Features::EXCLUSIVE_LOCK) {
+        // There was no lock that would have kept anybody away.
+        match open::check_unused(target, image, Duration::ZERO, run.cancel) {
+            Err(ImageError::UsersUnknown { .. }) => {}
+            checked => checked?,
+        }
     }
     image.remove_metadata(INCOMPLETE_KEY)?;
     Ok(report)

@@ -15,6 +15,7 @@ use crate::chain::manifest::Manifest;
 use crate::chain::{Catalogue, PointName};
 use crate::compare::{Comparison, GRAIN};
 use crate::copy::{Copy, CopyError};
+use crate::error::Causes;
 use crate::extent::Extent;
 use crate::layer::{LayerError, LayerWriter, Patch, SECTOR};
 use crate::progress::Progress;
@@ -58,6 +59,9 @@ pub enum SourceStatus {
     Different,
     /// They were not compared, and why. No fault of the point: snapshots are removed in time.
     NotCompared(String),
+    /// They could not be compared, and why: what failed, with all its causes. Nothing is known of the
+    /// point on that account, good or bad.
+    Failed(String),
 }
 
 /// The outcome for one point.
@@ -74,6 +78,10 @@ impl SourceVerdict {
     fn not_compared(why: impl Into<String>) -> Self {
         let status = SourceStatus::NotCompared(why.into());
         Self { status, ranges: Vec::new(), findings: Vec::new(), more: 0 }
+    }
+
+    fn failed(cause: &(dyn std::error::Error + 'static)) -> Self {
+        Self { status: SourceStatus::Failed(Causes(cause).to_string()), ..Self::not_compared("") }
     }
 
     fn of(ranges: Vec<Range<u64>>, snapshot: &str) -> Self {
@@ -96,13 +104,19 @@ pub(super) fn compare(
     let Some(manifest) = catalogue.point(point).and_then(|point| point.manifest.as_ref()) else {
         return Ok(SourceVerdict::not_compared("the point has no manifest, which would name its snapshot"));
     };
-    // What hinders reading has been found, and is told.
-    let chain = catalogue.layers(point).ok().and_then(|paths| ChainReader::open(&paths).ok());
-    let Some(chain) = chain else { return Ok(SourceVerdict::not_compared("the point cannot be read")) };
-    let failed = |cause| VerifyError::Source { snapshot: manifest.record.snapshot.clone(), cause };
-    let snapshot = match snapshots.find(manifest).map_err(failed)? {
-        Found::Snapshot(snapshot) => snapshot,
-        Found::Gone(why) => return Ok(SourceVerdict::not_compared(why)),
+    // What is wrong with its files is told.
+    let Ok(paths) = catalogue.layers(point) else {
+        return Ok(SourceVerdict::not_compared("the point's files are not whole"));
+    };
+    let chain = match ChainReader::open(&paths) {
+        Ok(chain) => chain,
+        Err(cause) => return Ok(SourceVerdict::failed(&cause)),
+    };
+    let snapshot = match snapshots.find(manifest) {
+        Ok(Found::Snapshot(snapshot)) => snapshot,
+        Ok(Found::Gone(why)) => return Ok(SourceVerdict::not_compared(why)),
+        Err(_) if run.cancel.is_set() => return Err(VerifyError::Cancelled),
+        Err(cause) => return Ok(SourceVerdict::failed(&*cause)),
     };
     let size = manifest.record.virtual_size;
     if snapshot.size() != size {
@@ -118,14 +132,15 @@ pub(super) fn compare(
             | SourceError::Diff { cause, .. }
             | SourceError::Read { cause, .. },
         )) if cause.is::<ReadError>() => {
-            let cause = Arc::new(*cause.downcast().expect("it was asked"));
+            let cause: Box<ReadError> = cause.downcast().expect("it was asked");
+            let failed = SourceVerdict::failed(&*cause);
             Ok(SourceVerdict {
-                findings: vec![Finding::Read { range: 0..size, cause }],
-                ..SourceVerdict::not_compared("the point cannot be read")
+                findings: vec![Finding::Read { range: 0..size, cause: Arc::new(*cause) }],
+                ..failed
             })
         }
-        Err(CopyError::Layer(LayerError::Write { cause, .. })) => Err(failed(cause)),
-        Err(error) => Err(failed(error.into())),
+        Err(CopyError::Layer(LayerError::Write { cause, .. })) => Ok(SourceVerdict::failed(&*cause)),
+        Err(error) => Ok(SourceVerdict::failed(&error)),
     }
 }
 

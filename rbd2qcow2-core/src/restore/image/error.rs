@@ -27,15 +27,18 @@ pub enum ImageError {
     },
     /// There is something of that name, and it is no image: `rbd_create` was cut short.
     #[error(
-        "image {image} is listed, but there is no such image: it was not made to the end, or is being made \
-         right now; if nobody is at it, `rbd rm {image}` removes what there is, and the same command goes on"
+        "image {image} is listed, but cannot be opened: it was not made to the end, or is being made right now, or \
+         its parent is gone (see `rbd info`); if nobody is at it and nobody needs it, `rbd rm {image}` removes what \
+         there is, and the same command goes on"
     )]
     HalfMade {
         /// The image.
         image: String,
     },
     /// The image is half of another restore.
-    #[error("image {image} is the unfinished restore of {of}: restore that to finish it, or say --overwrite")]
+    #[error(
+        "image {image} is the unfinished restore of {of}: restore that in the same way to finish it, or say --overwrite"
+    )]
     Unfinished {
         /// The image.
         image: String,
@@ -52,6 +55,15 @@ pub enum ImageError {
         image: String,
         /// The clients' addresses.
         clients: Vec<String>,
+    },
+    /// librbd cannot tell whether somebody has the image open, and it was not made just now.
+    #[error(
+        "cannot find out whether image {image} is in use: the librbd on this machine is too old, Mimic (13.2) or \
+         later is needed to write to an image that exists"
+    )]
+    UsersUnknown {
+        /// The image.
+        image: String,
     },
     /// The point does not fit.
     #[error(

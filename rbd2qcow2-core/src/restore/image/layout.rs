@@ -46,7 +46,7 @@ pub(super) fn new_image(target: &ImageTarget, record: Option<&Record>, size: u64
     };
     let features = match (wanted.features, record) {
         (Some(features), _) => Some(features),
-        (None, Some(record)) => Some(settable(Features(record.features.bits), target)),
+        (None, Some(record)) => Some(Features(record.features.bits).without(Features(!Features::SETTABLE.0))),
         (None, None) => None,
     };
     let features = features.map(|features| match striping {
@@ -58,8 +58,10 @@ pub(super) fn new_image(target: &ImageTarget, record: Option<&Record>, size: u64
     NewImage { size, object_size, striping, features, data_pool: wanted.data_pool.clone() }
 }
 
-/// Those of a backed up image's features that a new one can have.
-fn settable(features: Features, target: &ImageTarget) -> Features {
+/// Tells which of a backed up image's features a new one does without.
+fn tell_what_is_left_out(target: &ImageTarget, record: Option<&Record>) {
+    let Some(record) = record.filter(|_| target.overrides.features.is_none()) else { return };
+    let features = Features(record.features.bits);
     if features.has(Features::DATA_POOL) && target.overrides.data_pool.is_none() {
         log::warn!(
             "{target}: the image that was backed up had its data in another pool, whose name is not known; they go \
@@ -70,13 +72,18 @@ fn settable(features: Features, target: &ImageTarget) -> Features {
     if !unknown.is_empty() {
         log::warn!("{target}: nobody here knows the feature {unknown}; the image does without it");
     }
-    features.without(Features(!Features::SETTABLE.0))
 }
 
 /// Creates the image, without those features that librbd or the cluster does not know.
 ///
 /// It has no size at first: so it cannot be taken for a good one before it is marked.
-pub(super) fn create(target: &ImageTarget, pool: &Pool, image: &NewImage) -> Result<(), RbdError> {
+pub(super) fn create(
+    target: &ImageTarget,
+    pool: &Pool,
+    image: &NewImage,
+    record: Option<&Record>,
+) -> Result<(), RbdError> {
+    tell_what_is_left_out(target, record);
     let mut image = NewImage { size: 0, ..image.clone() };
     loop {
         match pool.create_image(&target.image, &image) {

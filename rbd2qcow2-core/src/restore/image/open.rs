@@ -19,6 +19,8 @@ enum Found {
     /// It may be restored to. `created` tells whether a restore made it.
     Image {
         created: bool,
+        /// Whether it has a mark already.
+        marked: bool,
     },
 }
 
@@ -45,19 +47,22 @@ pub(super) fn open(
     let record = point.record();
     let new = layout::new_image(target, record, target.overrides.size.unwrap_or(point.size()));
     check_fits(target, new.size, point)?;
-    let created = match find(target, pool, point, &new, cancel)? {
+    let (created, marked) = match find(target, pool, point, &new, cancel)? {
         Found::Nothing => {
-            layout::create(target, pool, &new).map_err(|error| match error {
+            layout::create(target, pool, &new, record).map_err(|error| match error {
                 error if error.is_already_there() => ImageError::HalfMade { image: target.to_string() },
                 cause => failed(cause),
             })?;
-            true
+            (true, false)
         }
-        Found::Image { created } => created,
+        Found::Image { created, marked } => (created, marked),
     };
     let image = pool.open_for_writing(&target.image).map_err(failed)?;
     // Somebody may have come since it was looked at: of two restores that do, each sees the other.
-    check_unused(target, &image, Duration::ZERO, cancel)?;
+    match check_unused(target, &image, Duration::ZERO, cancel) {
+        Err(ImageError::UsersUnknown { .. }) if created => {}
+        checked => checked?,
+    }
     let was = image.info().map_err(failed)?;
     let size = match (created, target.overrides.size) {
         (true, _) | (_, Some(_)) => new.size,
@@ -69,18 +74,32 @@ pub(super) fn open(
         image.lock_exclusively().map_err(failed)?;
     }
     let marker = Marker::new(point.image().as_str(), point.name(), created);
-    image.set_metadata(INCOMPLETE_KEY, &marker.value()).map_err(failed)?;
-    let prepare = || {
-        if size != was.size {
-            image.resize(size)?;
-        }
-        image.info()
-    };
-    let info = prepare().map_err(|cause| match cause {
-        RbdError::Cancelled => ImageError::Interrupted { image: target.to_string() },
-        cause => ImageError::Incomplete { image: target.to_string(), cause: cause.into() },
+    image.set_metadata(INCOMPLETE_KEY, &marker.value()).map_err(|cause| match cause {
+        cause @ RbdError::Failed { .. } => failed(cause),
+        // It may be there, or come to be.
+        cause => cut_short(target, cause),
     })?;
+    if size != was.size
+        && let Err(cause) = image.resize(size)
+    {
+        // An image that was good stays so: what lies behind its end was not there.
+        let unchanged = matches!(cause, RbdError::Failed { .. }) && size > was.size && !created && !marked;
+        return Err(match unchanged && image.remove_metadata(INCOMPLETE_KEY).is_ok() {
+            true => failed(cause),
+            false => cut_short(target, cause),
+        });
+    }
+    let info = image.info().map_err(|cause| cut_short(target, cause))?;
     Ok(Opened { image, info, empty: was.size == 0, created })
+}
+
+/// The error of an image that has its mark, or may have it.
+fn cut_short(target: &ImageTarget, cause: RbdError) -> ImageError {
+    let image = target.to_string();
+    match cause {
+        RbdError::Cancelled => ImageError::Interrupted { image },
+        cause => ImageError::Incomplete { image, cause: cause.into() },
+    }
 }
 
 fn check_fits(target: &ImageTarget, size: u64, point: &OpenPoint) -> Result<(), ImageError> {
@@ -112,7 +131,9 @@ fn find(
     let marker = metadata.get(INCOMPLETE_KEY);
     let mut continues = false;
     let created = match marker.map(|value| (value, Marker::parse(value))) {
-        Some((_, Some(marker))) if marker.continues(&wanted) => {
+        // One that was there before had --overwrite said for it, and has it said again: it may have been
+        // marked only, and be good.
+        Some((_, Some(marker))) if marker.continues(&wanted) && (marker.created || target.overwrite) => {
             continues = true;
             marker.created
         }
@@ -137,7 +158,7 @@ fn find(
     // Most likely the user of a half restored image is the restore that died.
     let limit = if marker.is_some() || created { WATCH_TIMEOUT } else { Duration::ZERO };
     check_unused(target, &image, limit, cancel)?;
-    Ok(Found::Image { created })
+    Ok(Found::Image { created, marked: marker.is_some() })
 }
 
 /// What was asked for explicitly must be so.
@@ -179,8 +200,8 @@ fn other_layout(target: &ImageTarget, what: &'static str, has: String, wanted: S
     ImageError::Layout { image: target.to_string(), what, has, wanted }
 }
 
-/// Waits for up to `limit` until nobody has the image open for writing.
-fn check_unused(
+/// Waits for up to `limit` until nobody else has the image open for writing.
+pub(super) fn check_unused(
     target: &ImageTarget,
     image: &Image,
     limit: Duration,
@@ -191,7 +212,9 @@ fn check_unused(
     loop {
         let clients =
             image.other_watchers().map_err(|cause| ImageError::Rbd { image: target.to_string(), cause })?;
-        let clients = clients.unwrap_or_default();
+        let Some(clients) = clients else {
+            return Err(ImageError::UsersUnknown { image: target.to_string() });
+        };
         if clients.is_empty() {
             return Ok(());
         }
