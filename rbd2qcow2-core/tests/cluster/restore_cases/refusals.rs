@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
 
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::progress::{Observer, Stage, Status};
 use rbd2qcow2_core::rbd::Features;
 use rbd2qcow2_core::restore::image::{ImageTarget, Overrides};
 use serde_json::json;
@@ -12,7 +14,7 @@ use super::{MIB, elsewhere, image_with_point, is_absent, small_objects};
 use crate::cluster::{POOL, unique};
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Info, Layout, Snap, Spec};
-use crate::store::{Made, Store, told};
+use crate::store::{Made, Store, told, why};
 
 /// All that can be said about an image.
 fn state(store: &Store, spec: &Spec) -> (Info, Vec<Snap>, BTreeMap<String, String>, String) {
@@ -163,5 +165,56 @@ fn a_client_that_may_only_read() {
     assert_eq!(state(&store, &there), before);
     store.driver.mon_command(&json!({"prefix": "auth del", "entity": client})).expect("removed");
     store.purge(&there);
+    store.purge(&spec);
+}
+
+/// A restore that was cut short right after it had marked an image has changed nothing in it, and whoever
+/// owns it may have gone on to use it.
+#[test]
+fn a_mark_on_an_image_that_was_there_is_no_leave_to_overwrite_it() {
+    let cluster = cluster_or_skip!("a_mark_on_an_image_that_was_there_is_no_leave_to_overwrite_it");
+    let mut store = Store::new(&cluster);
+    let (spec, made) = image_with_point(&mut store, "marked");
+    store.driver.write(&spec, 0, MIB, 7).expect("a write");
+    let mark = json!({ "image": spec.image, "point": made.point, "created": false }).to_string();
+    store.driver.metadata_set(&spec, "rbd2qcow2-incomplete", &mark).expect("metadata");
+    store.driver.close(&spec).expect("closed");
+    let before = state(&store, &spec);
+    let of = format!("unfinished restore of {}@{}", spec.image, made.point);
+    refused(&store, &made, &store.target(&spec), &[&of, "--overwrite"]);
+    assert_eq!(state(&store, &spec), before);
+    store.restore_to(&made, &store.overwriting(&spec));
+    assert!(!store.driver.metadata(&spec).expect("metadata").contains_key("rbd2qcow2-incomplete"));
+    store.purge(&spec);
+}
+
+/// Marks an image when its backup is about to take the snapshot, as a restore would.
+struct Marking<'a>(&'a Store, &'a Spec);
+
+impl Observer for Marking<'_> {
+    fn stage(&self, _: &str, stage: Stage) {
+        if stage == Stage::Snapshot {
+            let Self(store, spec) = self;
+            store.driver.metadata_set(spec, "rbd2qcow2-incomplete", "by hand").expect("metadata");
+            store.driver.close(spec).expect("closed");
+        }
+    }
+}
+
+/// Its snapshot may hold the half of what the image is going to be.
+#[test]
+fn a_restore_that_begins_during_a_backup_is_noticed() {
+    let cluster = cluster_or_skip!("a_restore_that_begins_during_a_backup_is_noticed");
+    let mut store = Store::new(&cluster);
+    let (spec, made) = image_with_point(&mut store, "overtaken");
+    let snapshots = store.snapshot_names(&spec);
+    let backup = store.pool_backup(std::slice::from_ref(&spec));
+    let reports = backup.run(&Marking(&store, &spec), &Cancel::new()).expect("the pool is there");
+    assert_eq!(reports[0].status, Status::Failed, "{:?}", reports[0]);
+    assert!(why(&reports[0]).contains("unfinished restore of \"by hand\""), "{}", why(&reports[0]));
+    assert_eq!(store.snapshot_names(&spec), snapshots);
+    store.check_directory(&spec);
+    store.driver.metadata_remove(&spec, "rbd2qcow2-incomplete").expect("metadata");
+    store.back_up(&spec).assert_upon(&made);
     store.purge(&spec);
 }
