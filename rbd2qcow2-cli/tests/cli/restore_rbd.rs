@@ -375,7 +375,7 @@ fn a_quota_that_is_used_up(scene: &Scene) {
     let run = ends_incomplete("a quota that was used up before", running, 1, &other);
     assert!(run.stderr.contains("the quota is used up"), "{}", run.stderr);
     quota(0, false);
-    scene.finish(&other, &[], "you");
+    scene.finish(&other, &["--overwrite"], "you");
     // And in its middle.
     scene.rig.driver.purge(&other).expect("removed");
     for (target, arguments, owner) in [(target, &[][..], "me"), (scene.other(), &["--overwrite"], "you")] {
