@@ -30,8 +30,8 @@ Exit status:
   1    at least one image failed (the others were still done), or the program could not
        begin or could not write its output
   2    wrong usage
-  130  interrupted by SIGINT or SIGTERM; what was under way is removed, nothing else is
-       touched. A second signal ends the program at once.";
+  130  interrupted by SIGINT, SIGTERM or SIGHUP; what was under way is removed, nothing else
+       is touched. A second SIGINT or SIGTERM ends the program at once.";
 
 const EXAMPLES: &str = "\
 Examples:

@@ -1,16 +1,18 @@
 //! Signals that stop a command.
 
+use std::fs;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rbd2qcow2_core::cancel::Cancel;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::outcome::Outcome;
 
-/// A flag that SIGINT and SIGTERM set. The second signal ends the process at once.
+/// A flag that SIGINT, SIGTERM and SIGHUP set. The second signal ends the process at once, unless it is a
+/// SIGHUP: a terminal that is closed may send several. Where SIGHUP is ignored, as under nohup, it stays so.
 ///
 /// # Errors
 /// A handler could not be set up.
@@ -36,8 +38,21 @@ fn handle(at_once: bool) -> io::Result<Cancel> {
         flag::register_conditional_shutdown(signal, Outcome::Interrupted.status(), Arc::clone(&armed))?;
         flag::register(signal, Arc::clone(&flag))?;
     }
+    // Of a command that ends at once, the system's own way with it is as good.
+    if !at_once && !is_hangup_ignored() {
+        flag::register(SIGHUP, Arc::clone(&flag))?;
+    }
     // Where there is a limit on the size of files, the write that meets it shall fail, not end the
     // process; and a file that stays below may be made longer than that for a while.
     flag::register(SIGXFSZ, Arc::default())?;
     Ok(Cancel::from_flag(flag))
+}
+
+/// Whether SIGHUP is ignored, or that cannot be known.
+fn is_hangup_ignored() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    // A mask in hexadecimal, whose lowest bit is signal 1.
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_none_or(|mask| mask & (1 << (SIGHUP - 1)) != 0)
 }

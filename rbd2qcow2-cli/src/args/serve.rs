@@ -16,7 +16,7 @@ Examples:
   rbd2qcow2 serve /backups vm-1 --port 10809
 
 Prints the URI of the NBD export on standard output as soon as it can be used, and serves it until
-SIGINT or SIGTERM; the exit status is 130 then. With it:
+SIGINT, SIGTERM or SIGHUP; the exit status is 130 then. With it:
   qemu-system-x86_64 -m 2G -snapshot -drive 'file=URI,format=raw,if=virtio'
   qemu-nbd -r -f raw -c /dev/nbd0 'URI' && mount -o ro /dev/nbd0p1 /mnt
   qemu-img convert -f raw -O raw 'URI' vm-1.raw
@@ -50,8 +50,8 @@ pub struct ServeArgs {
     /// I/O errors
     #[arg(long)]
     writable: bool,
-    /// Existing directory for the overlay, which grows with what is written [default: the one for
-    /// temporary files]
+    /// Existing directory for the overlay, which grows with what is written. It has no name; NFS shows
+    /// it as .nfsXXXX until the end [default: the one for temporary files]
     #[arg(long, value_name = "DIR", requires = "writable")]
     overlay_dir: Option<PathBuf>,
     /// Connections at once; more of them wait

@@ -229,6 +229,11 @@ fn processes(such: impl Fn(u32) -> bool) -> BTreeMap<u32, String> {
     pids.filter(|&pid| such(pid)).map(|pid| (pid, command_line(pid))).collect()
 }
 
+fn parent_of(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
+}
+
 fn works_in(directory: &Path, pid: u32) -> bool {
     let directory = directory.canonicalize().expect("the destination is there");
     let is_inside = |link: &Path| std::fs::read_link(link).is_ok_and(|place| place.starts_with(&directory));
@@ -350,6 +355,14 @@ impl Running {
 
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child.0), signal).expect("it was not waited for");
+    }
+
+    /// Number of the only process that it has started.
+    pub fn child(&self) -> u32 {
+        let own = self.child.0.id();
+        let children: Vec<_> = processes(|pid| parent_of(pid) == Some(own)).into_keys().collect();
+        let [child] = children[..] else { panic!("not one child: {children:?}") };
+        child
     }
 
     /// Whether it has ended.

@@ -123,6 +123,69 @@ fn a_point_is_served_until_a_signal() {
     }
 }
 
+/// With SIGHUP as `env` sets it for the program: whoever runs the tests may ignore it.
+fn with_hangup(option: &str, command: &Command) -> Command {
+    let mut env = Command::new("env");
+    env.arg(option).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => env.env(name, value),
+            None => env.env_remove(name),
+        };
+    }
+    env
+}
+
+/// Who closes the terminal ends what runs there.
+#[test]
+fn a_hangup_ends_it_in_order() {
+    let scene = Scene::new();
+    let (running, _) = announced(with_hangup("--default-signal=HUP", &scene.serve("web/1", &["--writable"])));
+    // A terminal and a shell may both send one.
+    running.signal(Signal::HUP);
+    interrupted(running, Signal::HUP);
+    scene.assert_nothing_left();
+}
+
+#[test]
+fn a_hangup_that_is_ignored_stays_so() {
+    let scene = Scene::new();
+    let (running, uri) = announced(with_hangup("--ignore-signal=HUP", &scene.serve("web/1", &[])));
+    running.signal(Signal::HUP);
+    assert!(scene.content_of(&uri) == scene.padded());
+    interrupted(running, Signal::TERM);
+    scene.assert_nothing_left();
+}
+
+/// The shell that ends qemu-nbd with us is killed, as by somebody who tidies up.
+#[test]
+fn a_killed_shell_ends_it() {
+    let scene = Scene::new();
+    let (running, _) = scene.served(&[]);
+    let shell = rustix::process::Pid::from_raw(running.child().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(shell, Signal::KILL).unwrap();
+    let run = running.wait();
+    assert_eq!(run.status, Some(1), "{run:?}");
+    assert!(run.stderr.contains("was killed by signal 9"), "{run:?}");
+    scene.assert_nothing_left();
+}
+
+/// A path, and no name in `PATH`, although qemu-nbd starts in another directory.
+#[test]
+fn qemu_nbd_is_found_by_a_relative_path() {
+    let scene = Scene::new();
+    let programs = TempDir::new().unwrap();
+    let program = programs.path().join("my-nbd");
+    fs::write(&program, "#!/bin/sh\nexec qemu-nbd \"$@\"\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = scene.serve("web/1", &["--qemu-nbd", "./my-nbd"]);
+    command.current_dir(programs.path());
+    let (running, uri) = announced(command);
+    assert!(scene.content_of(&uri) == scene.padded());
+    interrupted(running, Signal::TERM);
+    scene.assert_nothing_left();
+}
+
 #[test]
 fn json_tells_where_and_what() {
     let scene = Scene::new();

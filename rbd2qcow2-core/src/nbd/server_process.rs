@@ -11,21 +11,23 @@
 //! qemu-nbd leaves with its last client only if one got through the negotiation: a server whose clients
 //! die before it would stay forever, as one for everybody would. Therefore a shell stands between, which
 //! reads from a pipe, the *lifeline*, whose other end only this process holds, and which kills its
-//! process group when the pipe ends. That covers a SIGKILL of this process at any moment.
+//! process group when the pipe ends. That covers a SIGKILL of this process at any moment. Where the shell
+//! itself is killed, it is for this process to kill the group: a server without a shell counts as dead.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{self, PipeWriter, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid};
 
 use self::stderr::StderrTail;
 
@@ -127,7 +129,7 @@ impl fmt::Display for ServerExit {
 /// How to start a server.
 #[derive(Clone, Debug)]
 pub struct ServerCommand {
-    /// `qemu-nbd`, a path or a name to be found in `PATH`.
+    /// `qemu-nbd`, a path (relative to this process's directory) or a name to be found in `PATH`.
     pub program: PathBuf,
     /// Its arguments but for `--shared` and `--persistent`.
     pub arguments: Vec<OsString>,
@@ -151,7 +153,7 @@ struct Inner {
     /// The supervising shell, leader of its process group.
     supervisor: Child,
     lifeline: Option<PipeWriter>,
-    /// Known once the server has ended.
+    /// Known once the server has ended, which is when the shell is reaped.
     exit: Option<ServerExit>,
 }
 
@@ -162,6 +164,12 @@ impl Inner {
             // Fails only when the shell is gone, which is the next thing to be seen.
             let _ = writeln!(lifeline, "{word}");
         }
+    }
+
+    /// Whether the shell has ended. It is not reaped: its group's number stays its own.
+    fn has_ended(&self) -> io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT | WaitIdOptions::NOHANG;
+        Ok(waitid(WaitId::Pid(Pid::from_child(&self.supervisor)), options)?.is_some())
     }
 }
 
@@ -190,10 +198,11 @@ impl ServerProcess {
 
     fn spawn(command: &ServerCommand, listener: OwnedFd, persistent: bool) -> Result<Self, StartError> {
         let spawn_error = |source| StartError::Spawn { program: command.program.clone(), source };
+        let program = executable(&command.program).map_err(spawn_error)?;
         let (lifeline_end, lifeline) = io::pipe().map_err(spawn_error)?;
         let mut supervisor = Command::new("sh")
             .args(["-c", SUPERVISOR, "sh"])
-            .arg(&command.program)
+            .arg(program)
             .arg(format!("--shared={}", command.connections.max(1)))
             .args(persistent.then_some("--persistent"))
             .args(&command.arguments)
@@ -221,15 +230,15 @@ impl ServerProcess {
     }
 
     /// Waits for the server to end by itself, and tells how it did; `None` when it still runs after
-    /// `limit`.
+    /// `limit`. A server whose shell was killed is killed too, and has ended as the shell did.
     pub fn exit_within(&self, limit: Duration) -> Option<ServerExit> {
         let deadline = Instant::now() + limit;
         // The server holds the last copy of its standard error: the supervisor has closed its own.
-        if !self.stderr.ended_within(limit) {
-            return None;
-        }
+        let ended = self.stderr.ended_within(limit);
         let mut inner = self.lock();
-        inner.say("wait");
+        if ended {
+            inner.say("wait");
+        }
         self.await_supervisor(&mut inner, deadline)
     }
 
@@ -244,10 +253,7 @@ impl ServerProcess {
             }
             return exit;
         }
-        // The shell was not waited for, so its group's number is still its own. This fails only when
-        // nobody is left in the group.
-        let _ = kill_process_group(Pid::from_child(&inner.supervisor), Signal::KILL);
-        let _ = inner.supervisor.wait();
+        let _ = self.reap(&mut inner);
         let exit = self.exit(None);
         inner.exit = Some(exit.clone());
         exit
@@ -256,14 +262,28 @@ impl ServerProcess {
     /// Waits for the shell, which waits for the server; `None` when they still run at `deadline`.
     fn await_supervisor(&self, inner: &mut Inner, deadline: Instant) -> Option<ServerExit> {
         while inner.exit.is_none() {
-            match inner.supervisor.try_wait() {
-                Ok(None) if Instant::now() < deadline => thread::sleep(POLL),
-                Ok(None) => return None,
-                Ok(Some(status)) => inner.exit = Some(self.exit(Some(status))),
+            match inner.has_ended() {
+                Ok(false) if Instant::now() < deadline => thread::sleep(POLL),
+                Ok(false) => return None,
+                Ok(true) => {
+                    let status = self.reap(inner).ok();
+                    inner.exit = Some(self.exit(status));
+                }
                 Err(_) => inner.exit = Some(self.exit(None)),
             }
         }
         inner.exit.clone()
+    }
+
+    /// Ends whatever is left of the shell's group, and the shell.
+    fn reap(&self, inner: &mut Inner) -> io::Result<ExitStatus> {
+        // Before the shell is waited for: until then its group's number is its own. A shell that was
+        // killed has left the server behind.
+        let _ = kill_process_group(Pid::from_child(&inner.supervisor), Signal::KILL);
+        let status = inner.supervisor.wait();
+        // Such a server is no child of ours, but it holds its standard error as long as it lives.
+        self.stderr.ended_within(KILL_LIMIT);
+        status
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -292,6 +312,14 @@ impl Drop for ServerProcess {
             let _ = collector.join();
         }
     }
+}
+
+/// What the shell is to execute, whatever directory it starts in.
+fn executable(program: &Path) -> io::Result<PathBuf> {
+    if program.as_os_str().as_bytes().contains(&b'/') {
+        return std::path::absolute(program);
+    }
+    Ok(program.to_owned())
 }
 
 /// A listening socket without a name, and connections to it.

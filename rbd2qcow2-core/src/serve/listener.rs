@@ -1,7 +1,7 @@
 //! The socket that a point is served on.
 
 use std::fmt::Write;
-use std::fs::{self, Metadata};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -10,9 +10,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::Mode;
+use rustix::fs::{FlockOperation, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -32,6 +32,13 @@ const NAMES: usize = 100;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
+
+/// How long is waited for another server that clears the same directory of a left-over. It takes twice
+/// [`START_PAUSE`] at most.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often it is tried.
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 /// Longer than it takes from a socket's name to its first call of `listen`.
 const START_PAUSE: Duration = Duration::from_millis(100);
@@ -175,6 +182,7 @@ fn bind_unix(path: &Path, dest: &Path) -> Result<(Listener, OwnedFd), ServeError
         return Err(ServeError::WithinChain { path: path.to_owned(), directory });
     }
     let address = SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
+    let _lock = lock(&directory);
     let socket = match bind_new(&address) {
         Err(Errno::ADDRINUSE) => {
             remove_left(path, &address)?;
@@ -192,6 +200,26 @@ fn bind_unix(path: &Path, dest: &Path) -> Result<(Listener, OwnedFd), ServeError
     Ok((Listener::Unix(file), socket))
 }
 
+/// Keeps other servers away from a directory until this is dropped: nobody clears it of a left-over while
+/// another server replaces that, and the name that is looked at is the one that was bound.
+///
+/// Goes on without a lock where the directory has none to give, or somebody keeps it: then
+/// [`probe`](super::probe) sees a name that was taken away.
+fn lock(directory: &Path) -> Option<File> {
+    let file = File::open(directory).ok()?;
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Some(file),
+            Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => thread::sleep(LOCK_POLL),
+            Err(error) => {
+                log::debug!("{} is not locked: {error}", directory.display());
+                return None;
+            }
+        }
+    }
+}
+
 /// A socket with a name that did not exist. Nobody can connect before it listens.
 fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
     let socket = new_socket(SocketFlags::empty())?;
@@ -206,8 +234,8 @@ fn new_socket(flags: SocketFlags) -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// Removes a socket that nobody listens on. That somebody makes a new one at the very moment is left to
-/// [`probe`](super::probe) to see.
+/// Removes a socket that nobody listens on. That somebody who takes no [`lock`] makes a new one at the very
+/// moment is left to [`probe`](super::probe) to see.
 fn remove_left(path: &Path, address: &SocketAddrUnix) -> Result<(), ServeError> {
     let failed = |cause| ServeError::Socket { path: path.to_owned(), cause };
     match fs::symlink_metadata(path) {
@@ -216,7 +244,7 @@ fn remove_left(path: &Path, address: &SocketAddrUnix) -> Result<(), ServeError> 
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     }
-    // Twice, as a server that just starts has its name before it listens.
+    // Twice, as a server that just starts, and could not lock, has its name before it listens.
     for pause in [START_PAUSE, Duration::ZERO] {
         // Whether a full queue lets nobody in is not waited for.
         let socket = new_socket(SocketFlags::NONBLOCK).map_err(|error| failed(error.into()))?;

@@ -39,7 +39,7 @@ impl Default for QemuTools {
 }
 
 impl QemuTools {
-    /// The programs at these paths; names without a slash are looked for in `PATH`. They should be
+    /// The programs at these paths, relative to this process's directory; names without a slash are looked for in `PATH`. They should be
     /// of one version. Runs nothing.
     pub fn new(qemu_img: impl Into<PathBuf>, qemu_nbd: impl Into<PathBuf>) -> Self {
         Self(Arc::new(Inner {

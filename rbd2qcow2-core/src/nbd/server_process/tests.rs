@@ -1,6 +1,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+
+use rustix::process::kill_process;
 
 use super::*;
 use crate::layer::qemu_nbd::QemuTools;
@@ -30,6 +31,16 @@ fn processes_with(text: &str) -> Vec<u32> {
         fs::read_to_string(format!("/proc/{number}/cmdline")).is_ok_and(|line| line.contains(text))
     });
     with_text.filter(|number| *number != std::process::id()).collect()
+}
+
+/// Those that [`processes_with`] finds, which were to be gone: no failed test leaves them.
+fn left_with(text: &str) -> Vec<u32> {
+    let left = processes_with(text);
+    for number in &left {
+        let pid = i32::try_from(*number).ok().and_then(Pid::from_raw).expect("a number");
+        let _ = kill_process(pid, Signal::KILL);
+    }
+    left
 }
 
 fn until(what: &str, condition: impl Fn() -> bool) {
@@ -93,6 +104,65 @@ fn drop_leaves_no_process() {
         assert!(processes_with(&disk).is_empty());
         assert!(client.flush().is_err_and(|e| e.is_disconnect()));
     }
+}
+
+/// A server that has greeted, and whose shell was killed.
+fn start_and_kill_the_shell(tools: &QemuTools, disk: &str) -> (ServerProcess, Vec<UnixStream>) {
+    let (server, streams) = start(tools.qemu_nbd(), &["-f", "raw", disk], 1);
+    io::Read::read_exact(&mut &streams[0], &mut [0; 8]).expect("greeted");
+    let shell = i32::try_from(server.supervisor()).ok().and_then(Pid::from_raw).expect("a number");
+    kill_process(shell, Signal::KILL).expect("it runs");
+    (server, streams)
+}
+
+#[test]
+fn drop_leaves_no_server_whose_shell_was_killed() {
+    for tools in qemus() {
+        let (_directory, disk) = disk(&tools);
+        let (server, _streams) = start_and_kill_the_shell(&tools, &disk);
+        drop(server);
+        assert_eq!(left_with(&disk), [0; 0]);
+    }
+}
+
+#[test]
+fn a_server_whose_shell_was_killed_has_ended() {
+    for tools in qemus() {
+        let (_directory, disk) = disk(&tools);
+        let (server, _streams) = start_and_kill_the_shell(&tools, &disk);
+        until("the end of the shell", || server.exit_within(Duration::ZERO).is_some());
+        assert_eq!(left_with(&disk), [0; 0]);
+        assert_eq!(server.exit_within(Duration::ZERO).expect("it ended").code, Some(128 + 9));
+        assert_eq!(server.kill().code, Some(128 + 9));
+    }
+}
+
+/// What a server has started goes with it, too.
+#[test]
+fn nothing_is_left_of_the_group() {
+    let (directory, program) = script("sh -c 'echo > \"$0\"; sleep 1000' \"$2\"; exit 0");
+    let started = directory.path().join("started");
+    let (server, _streams) = start(&program, &[started.to_str().expect("UTF-8")], 1);
+    until("the start", || started.exists());
+    drop(server);
+    assert_eq!(left_with(started.to_str().expect("UTF-8")), [0; 0]);
+}
+
+#[test]
+fn a_relative_path_is_of_this_processes_directory() {
+    let (directory, program) = script("exit 5");
+    let mut relative = PathBuf::new();
+    let mut elsewhere = directory.path().to_owned();
+    for _ in std::env::current_dir().expect("a directory").components().skip(1) {
+        relative.push("..");
+        elsewhere.push("deep");
+    }
+    relative.push(program.strip_prefix("/").expect("absolute"));
+    fs::create_dir_all(&elsewhere).expect("created");
+    let command =
+        ServerCommand { program: relative, arguments: Vec::new(), directory: elsewhere, connections: 1 };
+    let (server, _streams) = ServerProcess::start(&command).expect("started");
+    assert_eq!(server.exit_within(SOON).expect("it ended").code, Some(5));
 }
 
 #[test]

@@ -173,6 +173,26 @@ fn a_server_that_dies_is_told() {
     }
 }
 
+#[test]
+fn a_server_whose_shell_was_killed_is_told_and_gone() {
+    for tools in qemus() {
+        let fixture = Fixture::new();
+        let served = start(&fixture.writable(&tools));
+        let client = connect(&fixture.socket(), 1);
+        let server = server_of(&served);
+        let shell = i32::try_from(served.server.supervisor()).expect("a number");
+        kill_process(Pid::from_raw(shell).expect("not 0"), Signal::KILL).expect("it runs");
+        let error = served.wait(&Cancel::new()).expect_err("it is dead");
+        assert!(matches!(&error, ServeError::Died { .. }), "{error:?}");
+        // A zombie has no arguments; whose child it is by now may not wait for it.
+        let arguments = fs::read(format!("/proc/{server}/cmdline")).unwrap_or_default();
+        assert!(arguments.is_empty(), "{}", String::from_utf8_lossy(&arguments));
+        assert!(client.read(0, &mut [0; 512]).is_err_and(|error| error.is_disconnect()));
+        drop(served);
+        assert_eq!(fixture.names_in_out(), [""; 0]);
+    }
+}
+
 /// As systemd stops a service.
 #[test]
 fn a_server_that_is_stopped_with_us_has_not_died() {

@@ -111,6 +111,44 @@ fn a_name_that_leads_elsewhere_is_not_announced() {
     }
 }
 
+/// All find the same left-over at once: one replaces it, and keeps the name.
+#[test]
+fn one_of_many_replaces_a_left_over() {
+    let fixture = Fixture::new();
+    let point = OpenPoint::open(fixture.dest.path(), &fixture.image, None).expect("opened");
+    let listen = Listen::Socket(fixture.socket());
+    let barrier = std::sync::Barrier::new(8);
+    for _ in 0..5 {
+        drop(UnixListener::bind(fixture.socket()).expect("bound"));
+        let attempt = || {
+            barrier.wait();
+            Listener::bind(&listen, fixture.dest.path(), &point)
+        };
+        let attempts: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(attempt)).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        let (bound, refused): (Vec<_>, Vec<_>) = attempts.into_iter().partition(Result::is_ok);
+        assert_eq!(bound.len(), 1);
+        assert!(refused.iter().all(|result| matches!(result, Err(ServeError::SocketInUse { .. }))));
+        UnixStream::connect(fixture.socket()).expect("it is there and listens");
+        drop(bound);
+        assert_eq!(fixture.names_in_out(), [""; 0]);
+    }
+}
+
+/// Whoever keeps the directory locked keeps nobody from serving there.
+#[test]
+fn a_directory_that_somebody_locks_is_used() {
+    let fixture = Fixture::new();
+    let directory = fs::File::open(fixture.out.path()).expect("opened");
+    rustix::fs::flock(&directory, rustix::fs::FlockOperation::LockExclusive).expect("locked");
+    let point = OpenPoint::open(fixture.dest.path(), &fixture.image, None).expect("opened");
+    let listen = Listen::Socket(fixture.socket());
+    let _bound = Listener::bind(&listen, fixture.dest.path(), &point).expect("bound");
+    UnixStream::connect(fixture.socket()).expect("it listens");
+}
+
 #[test]
 fn what_is_in_the_way_stays() {
     let fixture = Fixture::new();
