@@ -382,7 +382,8 @@ impl Catalogue {
     fn link(&self, name: PointName, header: &Header, examined: &mut Examined) -> Option<Option<PointName>> {
         let path = examined.path.clone();
         let backing = match header.chain_backing() {
-            Ok(backing) => backing?.to_owned(),
+            Ok(Some(backing)) => backing.to_owned(),
+            Ok(None) => return Some(None),
             Err(cause) => {
                 examined.fatal(Problem::Header { path, cause: cause.into() });
                 return None;
