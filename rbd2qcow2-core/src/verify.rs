@@ -13,7 +13,7 @@ use std::path::Path;
 use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
 use crate::chain::names::PointFile;
-use crate::chain::{Catalogue, ChainError, ImageName, PointName, Problem, image_directory};
+use crate::chain::{Catalogue, ChainError, ImageName, Point, PointName, Problem, image_directory};
 use crate::progress::Counter;
 use crate::source::BoxError;
 
@@ -227,6 +227,37 @@ impl VerifyImage<'_> {
         }
         Ok(self.points.iter().copied().collect::<BTreeSet<_>>().into_iter().collect())
     }
+}
+
+/// Verifies the layers of some points of an image whose lock the caller holds, all of their content, and
+/// returns whether each has digests, or the first thing that is wrong and with which point. What the
+/// catalogue has found is not repeated.
+///
+/// # Errors
+/// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
+pub(crate) fn verify_layers<'p>(
+    image: &ImageName,
+    points: impl IntoIterator<Item = &'p Point>,
+    cancel: &Cancel,
+) -> Result<Result<Vec<(PointName, bool)>, (PointName, Finding)>, VerifyError> {
+    let run = VerifyImage {
+        dest: Path::new(""),
+        image,
+        points: &[],
+        options: &VerifyOptions::default(),
+        snapshots: None,
+        progress: &VerifyProgress::default(),
+        cancel,
+    };
+    let mut verifiable = Vec::new();
+    for point in points {
+        let verdict = layer::verify(point, &run)?;
+        if let Some(finding) = verdict.findings.into_iter().next() {
+            return Ok(Err((point.name, finding)));
+        }
+        verifiable.push((point.name, verdict.verifiable));
+    }
+    Ok(Ok(verifiable))
 }
 
 /// The points and whatever they build upon, as far as it is there.

@@ -167,6 +167,44 @@ pub enum ChainError {
         #[source]
         cause: Box<ChainError>,
     },
+    /// The manifest of a point that is to take over what others hold is missing or damaged. Only points
+    /// of the Python tool have none.
+    #[error(
+        "point {point} can take over nothing while its manifest {} cannot be used; nothing was changed",
+        path.display()
+    )]
+    ManifestUnusable {
+        /// The manifest.
+        path: PathBuf,
+        /// The point.
+        point: PointName,
+        /// What is wrong with it.
+        #[source]
+        cause: ManifestError,
+    },
+    /// A point builds already upon what it is to build upon.
+    #[error("point {point} in {} has nothing to take over", path.display())]
+    NothingToMerge {
+        /// The directory of the image.
+        path: PathBuf,
+        /// The point.
+        point: PointName,
+    },
+    /// Nobody can tell whether a merge that was cut short has come about. Nothing of it is touched, since
+    /// that would be what it takes to find out.
+    #[error(
+        "{} is left of an interrupted merge, of which it is not clear whether {} is its result: {reason}; \
+         bring the layer and its manifest back, or move all files of that point away",
+        path.display(), layer.display()
+    )]
+    MergeUnclear {
+        /// The file that waits to replace another.
+        path: PathBuf,
+        /// The layer that it may belong to.
+        layer: PathBuf,
+        /// Why it is not clear.
+        reason: &'static str,
+    },
     /// The note about a snapshot of a killed run cannot be understood.
     #[error(
         "the note {} about the snapshot of an interrupted first backup is damaged; look for snapshots named \
