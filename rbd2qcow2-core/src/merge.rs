@@ -25,7 +25,7 @@ use crate::qcow2::error::ReadError;
 use crate::qcow2::table::SUBCLUSTERS;
 use crate::source::RbdDiffSource;
 use crate::source::merged::MergedSource;
-use crate::verify::{Finding, VerifyError, verify_layers};
+use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -283,17 +283,19 @@ impl Merge<'_> {
     /// Holds the layers of these points against their digests.
     fn verify(&self, points: &[&Point], with_digests: bool) -> Result<(), MergeError> {
         let image = self.writer.catalogue().image();
-        let verified =
-            verify_layers(image, points.iter().copied(), self.cancel).map_err(|cause| match cause {
-                VerifyError::Cancelled => MergeError::Cancelled,
-                cause => MergeError::Verify { point: self.child, cause },
-            })?;
-        let verified =
-            verified.map_err(|(from, cause)| MergeError::Damaged { point: self.child, from, cause })?;
-        match verified.into_iter().find(|(_, has_digests)| with_digests && !has_digests) {
-            Some((from, _)) => Err(MergeError::NoDigests { point: self.child, from }),
-            None => Ok(()),
+        let reports = verify_layers(image, points, self.cancel).map_err(|cause| match cause {
+            VerifyError::Cancelled => MergeError::Cancelled,
+            cause => MergeError::Verify { point: self.child, cause },
+        })?;
+        for LayerReport { point: from, finding, has_digests } in reports {
+            if let Some(cause) = finding {
+                return Err(MergeError::Damaged { point: self.child, from, cause });
+            }
+            if with_digests && !has_digests {
+                return Err(MergeError::NoDigests { point: self.child, from });
+            }
         }
+        Ok(())
     }
 
     /// Looks whether there is room for so many bytes of clusters, and what tells where they are.

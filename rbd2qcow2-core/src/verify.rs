@@ -229,17 +229,25 @@ impl VerifyImage<'_> {
     }
 }
 
-/// Verifies the layers of some points of an image whose lock the caller holds, all of their content, and
-/// returns whether each has digests, or the first thing that is wrong and with which point. What the
-/// catalogue has found is not repeated.
+/// What was found out about a single layer.
+pub(crate) struct LayerReport {
+    pub(crate) point: PointName,
+    /// The first thing that is wrong.
+    pub(crate) finding: Option<Finding>,
+    /// Whether there were digests to hold the content against.
+    pub(crate) has_digests: bool,
+}
+
+/// Verifies all content of the layers of some points of an image, whose lock the caller holds. Ends with
+/// the first layer that is damaged. What the catalogue has found is not repeated.
 ///
 /// # Errors
 /// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
-pub(crate) fn verify_layers<'p>(
+pub(crate) fn verify_layers(
     image: &ImageName,
-    points: impl IntoIterator<Item = &'p Point>,
+    points: &[&Point],
     cancel: &Cancel,
-) -> Result<Result<Vec<(PointName, bool)>, (PointName, Finding)>, VerifyError> {
+) -> Result<Vec<LayerReport>, VerifyError> {
     let run = VerifyImage {
         dest: Path::new(""),
         image,
@@ -249,15 +257,17 @@ pub(crate) fn verify_layers<'p>(
         progress: &VerifyProgress::default(),
         cancel,
     };
-    let mut verifiable = Vec::new();
+    let mut reports = Vec::new();
     for point in points {
         let verdict = layer::verify(point, &run)?;
-        if let Some(finding) = verdict.findings.into_iter().next() {
-            return Ok(Err((point.name, finding)));
+        let finding = verdict.findings.into_iter().next();
+        let damaged = finding.is_some();
+        reports.push(LayerReport { point: point.name, finding, has_digests: verdict.verifiable });
+        if damaged {
+            break;
         }
-        verifiable.push((point.name, verdict.verifiable));
     }
-    Ok(Ok(verifiable))
+    Ok(reports)
 }
 
 /// The points and whatever they build upon, as far as it is there.

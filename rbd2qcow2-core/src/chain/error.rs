@@ -169,15 +169,10 @@ pub enum ChainError {
     },
     /// The manifest of a point that is to take over what others hold is missing or damaged. Only points
     /// of the Python tool have none.
-    #[error(
-        "point {point} can take over nothing while its manifest {} cannot be used; nothing was changed",
-        path.display()
-    )]
+    #[error("the point of the manifest {} can take over nothing while that cannot be used; nothing was changed", path.display())]
     ManifestUnusable {
         /// The manifest.
         path: PathBuf,
-        /// The point.
-        point: PointName,
         /// What is wrong with it.
         #[source]
         cause: ManifestError,
@@ -193,15 +188,13 @@ pub enum ChainError {
     /// Nobody can tell whether a merge that was cut short has come about. Nothing of it is touched, since
     /// that would be what it takes to find out.
     #[error(
-        "{} is left of an interrupted merge, of which it is not clear whether {} is its result: {reason}; \
-         bring the layer and its manifest back, or move all files of that point away",
-        path.display(), layer.display()
+        "{} is left of an interrupted merge, and it is not clear whether the point's layer is its result: \
+         {reason}; bring the layer and its manifest back, or move all files of that point away",
+        path.display()
     )]
     MergeUnclear {
         /// The file that waits to replace another.
         path: PathBuf,
-        /// The layer that it may belong to.
-        layer: PathBuf,
         /// Why it is not clear.
         reason: &'static str,
     },

@@ -84,7 +84,7 @@ impl ChainWriter {
                 Err(ManifestError::Missing) if child.is_python() => None,
                 Err(cause) => {
                     let path = paths.manifest.clone();
-                    return Err(ChainError::ManifestUnusable { path, point: child, cause });
+                    return Err(ChainError::ManifestUnusable { path, cause });
                 }
                 Ok(manifest) => Some(manifest),
             },
@@ -133,13 +133,7 @@ impl ChainWriter {
     fn is_committed(&self, name: PointName) -> Result<bool, ChainError> {
         let (waiting, digests) =
             (self.merged(name, FileKind::Manifest), self.merged(name, FileKind::Digests));
-        let unclear = |path: &Path, reason| {
-            Err(ChainError::MergeUnclear {
-                path: path.to_owned(),
-                layer: self.file(name, FileKind::Layer),
-                reason,
-            })
-        };
+        let unclear = |path: &Path, reason| Err(ChainError::MergeUnclear { path: path.to_owned(), reason });
         let read = |path: &Path| Manifest::read(path, &self.image, name);
         let old = read(&self.file(name, FileKind::Manifest));
         let new = match read(&waiting) {
