@@ -75,7 +75,9 @@ impl ChainWriter {
         for name in points.into_iter().rev() {
             let points = || self.catalogue.points().iter();
             let needed = points().any(|point| point.parent == Some(name) && !gone.contains(&point.name));
-            if needed || self.catalogue.point(name).is_none() {
+            let Some(point) = self.catalogue.point(name) else { continue };
+            // It may have been held since the note was made.
+            if needed || point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some()) {
                 continue;
             }
             if let Some(unlinked) = unlinked.filter(|unlinked| name <= *unlinked) {
