@@ -20,6 +20,7 @@ pub mod catalogue;
 pub mod digests;
 pub mod durable;
 mod error;
+mod forget;
 pub mod hold;
 pub mod lock;
 pub mod manifest;

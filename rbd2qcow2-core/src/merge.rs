@@ -5,6 +5,9 @@
 //! a new layer is written aside by the same pipeline that makes backups, with the newest layers of the
 //! chain as the source, and replaces the point's ([`chain::PendingMerge`](crate::chain::PendingMerge)).
 //! Nothing here decides which points go.
+//!
+//! The new layer gets digests of its own, which say that its content is what was backed up. So all that
+//! goes into it is held against the old digests first.
 
 use std::io;
 use std::path::PathBuf;
@@ -13,12 +16,16 @@ use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 use crate::chain::{ChainError, ChainWriter, MergedLayer, Point, PointName, Record};
 use crate::copy::{self, Copy, CopyError};
+use crate::extent::{Extent, ExtentKind, align};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter};
 use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
+use crate::qcow2::table::SUBCLUSTERS;
+use crate::source::RbdDiffSource;
 use crate::source::merged::MergedSource;
+use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -52,7 +59,7 @@ pub enum MergeError {
         point: PointName,
         /// The directory of the image.
         path: PathBuf,
-        /// What the layers that are put into one take, in bytes, and some room to spare.
+        /// What it may take, in bytes, and some room to spare.
         needed: u64,
         /// What is free, in bytes.
         free: u64,
@@ -83,6 +90,40 @@ pub enum MergeError {
         /// Why.
         #[source]
         cause: CopyError,
+    },
+    /// A layer that would go into the new one is damaged. The new one's digests would hide that.
+    #[error(
+        "point {from} is damaged, so point {point} does not take over what it holds; nothing was changed"
+    )]
+    Damaged {
+        /// The point that was to take over.
+        point: PointName,
+        /// The point whose layer is damaged.
+        from: PointName,
+        /// The first thing that is wrong.
+        #[source]
+        cause: Finding,
+    },
+    /// A layer that would go into the new one has no digests, and the new one's would say of its data that
+    /// they are what was backed up.
+    #[error(
+        "point {from} has no digests that tell whether it is as it was, so point {point}, which has some, does \
+         not take over what it holds; nothing was changed"
+    )]
+    NoDigests {
+        /// The point that was to take over.
+        point: PointName,
+        /// The point without digests.
+        from: PointName,
+    },
+    /// The layers could not be verified.
+    #[error("cannot verify what point {point} is to take over")]
+    Verify {
+        /// The point.
+        point: PointName,
+        /// Why.
+        #[source]
+        cause: VerifyError,
     },
     /// A stop was asked for. Nothing of this merge was kept.
     #[error("interrupted")]
@@ -125,41 +166,54 @@ pub struct Merge<'a> {
     pub cancel: &'a Cancel,
 }
 
+/// What a merge has before it.
+struct Survey {
+    /// What the clusters take that hold data, in bytes, if none is packed.
+    bytes: u64,
+    /// Whether what is merged has edges within what is copied as one, so that it is filled up with what
+    /// the layers below hold.
+    edges: bool,
+}
+
 impl Merge<'_> {
-    /// Writes the new layer and puts it into the old one's place. Blocks.
+    /// Verifies what it is made of, writes the new layer and puts it into the old one's place. Blocks.
     ///
     /// All points read the same before and after, and at every moment between, also where this process
     /// dies. The points that the child has taken over are still there: they are removed by
     /// [`ChainWriter::forget`].
     ///
     /// # Errors
-    /// [`MergeError`].
+    /// [`MergeError`]. Damage in what would be copied is one.
     pub fn run(&self) -> Result<(), MergeError> {
         let points = self.points()?;
-        let child = points[0];
         let merged = match self.parent {
             None => points.len(),
             Some(parent) => points.iter().position(|point| point.name == parent).unwrap_or(points.len()),
         };
-        self.check_space(&points[..merged])?;
         let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
-        // What the first layer of a Python chain builds upon is empty.
-        let merged = if self.parent.is_none() { paths.len() } else { merged };
         let chain =
             ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
         let spec = self.spec(&points, &chain);
+        // What the first layer of a Python chain builds upon is empty.
+        let layers = if self.parent.is_none() { paths.len() } else { merged };
+        let source = MergedSource::new(&chain, layers);
+        let survey = self.survey(&source, &spec)?;
+        self.check_space(survey.bytes)?;
         let pending = self.writer.begin_merge(self.child, self.parent, spec.cluster_size)?;
+        // Of the layers below only what shares a grain with what is merged is copied.
+        let read = if survey.edges { points.len() } else { merged };
+        self.verify(&points[..read], pending.manifest().is_some())?;
         let spec =
             LayerSpec { path: pending.layer_path().to_owned(), backing: pending.backing_name(), ..spec };
         let failed = |cause| MergeError::Layer { point: self.child, cause };
         let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
-        self.copy(&MergedSource::new(&chain, merged), &layer, pending.digests())?;
+        self.copy(&source, &layer, pending.digests())?;
         let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
         drop(layer);
         if self.cancel.is_set() {
             return Err(MergeError::Cancelled);
         }
-        let record = child.manifest.as_ref().map(|manifest| Record {
+        let record = pending.manifest().map(|manifest| Record {
             data_extents: self.progress.data_extents.get(),
             data_bytes: self.progress.data.get(),
             zero_extents: self.progress.zero_extents.get(),
@@ -201,10 +255,54 @@ impl Merge<'_> {
         }
     }
 
-    /// Looks whether there is room for all that is put into one.
-    fn check_space(&self, points: &[&Point]) -> Result<(), MergeError> {
+    /// Looks at what is to be copied, without reading any of it.
+    fn survey(&self, source: &MergedSource<'_>, spec: &LayerSpec) -> Result<Survey, MergeError> {
+        let cluster = u64::from(spec.cluster_size);
+        // What is packed, or might be, is read in whole clusters.
+        let step = match spec.extended_l2 {
+            ExtendedL2::Auto if spec.compression == Compression::None => cluster / SUBCLUSTERS,
+            _ => cluster,
+        };
+        let size = source.size();
+        let length = |extents: &[Extent]| extents.iter().map(|extent| extent.length).sum::<u64>();
+        let mut survey = Survey { bytes: 0, edges: false };
+        for segment in source.segments(cluster) {
+            let failed = |cause| MergeError::Copy { point: self.child, cause: CopyError::Source(cause) };
+            if self.cancel.is_set() {
+                return Err(MergeError::Cancelled);
+            }
+            let mut found = Vec::new();
+            source.diff(segment.map_err(failed)?, &mut found).map_err(failed)?;
+            survey.edges |= length(&align(found.clone(), step, size)) != length(&found);
+            found.retain(|extent| extent.kind == ExtentKind::Data);
+            survey.bytes += length(&align(found, cluster, size));
+        }
+        Ok(survey)
+    }
+
+    /// Holds the layers of these points against their digests.
+    fn verify(&self, points: &[&Point], with_digests: bool) -> Result<(), MergeError> {
+        let image = self.writer.catalogue().image();
+        let reports = verify_layers(image, points, self.cancel).map_err(|cause| match cause {
+            VerifyError::Cancelled => MergeError::Cancelled,
+            cause => MergeError::Verify { point: self.child, cause },
+        })?;
+        for LayerReport { point: from, finding, has_digests } in reports {
+            if let Some(cause) = finding {
+                return Err(MergeError::Damaged { point: self.child, from, cause });
+            }
+            if with_digests && !has_digests {
+                return Err(MergeError::NoDigests { point: self.child, from });
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks whether there is room for so many bytes of clusters, and what tells where they are.
+    fn check_space(&self, bytes: u64) -> Result<(), MergeError> {
         let path = self.writer.directory();
-        let needed = points.iter().map(|point| point.layer_bytes).sum::<u64>() + SPARE;
+        // Tables, refcounts and digests take less than this.
+        let needed = bytes.saturating_add(bytes / 32).saturating_add(SPARE);
         let found = rustix::fs::statvfs(path)
             .map_err(|cause| MergeError::Free { path: path.to_owned(), cause: cause.into() })?;
         let free = found.f_bavail.saturating_mul(found.f_frsize);

@@ -16,12 +16,15 @@ pub mod plan;
 pub mod policy;
 mod reason;
 mod remove;
+mod take_over;
 
 pub use error::PruneError;
 pub use plan::{Action, Decision, Merge, Plan, PlanError, Wanted};
 pub use policy::{Limit, Policy, Within, WithinError};
 pub use reason::{Reason, Rule};
 
+#[cfg(test)]
+mod merged_tests;
 #[cfg(test)]
 mod tests;
 
@@ -53,11 +56,12 @@ impl PruneImage<'_> {
         self.plan_for(&catalogue)
     }
 
-    /// Removes the points, and tells what was done. Blocks, and holds the chain's lock where there is
+    /// Removes the points, after those that stay have taken over what they need, and tells what was done.
+    /// What is taken over is verified before. Blocks, and holds the chain's lock where there is
     /// something to do: who reads the chain or writes it keeps this from beginning, and the other way round.
     ///
     /// Whenever the process dies, all points that are to stay are whole, and each of the others is there
-    /// or not. The next run removes the files that are left of one.
+    /// or not. The next run that writes finishes or undoes what was begun.
     ///
     /// # Errors
     /// All of [`PruneError`].
@@ -65,17 +69,21 @@ impl PruneImage<'_> {
         // Nobody needs to be kept out, or to be waited for, where nothing is to go. Whatever else there is
         // to say is said of what the lock keeps as it is.
         match self.plan() {
-            Ok(plan) if plan.is_empty() => return Ok(plan),
+            Ok(plan) if plan.is_empty() && !self.is_unfinished()? => return Ok(plan),
             _ => {}
         }
-        let writer = ChainWriter::open_existing(self.dest, self.image)?;
+        // This completes what a run that was cut short has left.
+        let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
         let plan = self.plan_for(writer.catalogue())?;
-        if let Some(merge) = plan.merges.first() {
-            return Err(PruneError::MergeMissing { point: merge.child });
-        }
         remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
+        writer.refresh()?;
+        take_over::merge_and_forget(&mut writer, &plan, self.cancel)?;
         Ok(plan)
+    }
+
+    fn is_unfinished(&self) -> Result<bool, PruneError> {
+        Ok(Catalogue::read(&image_directory(self.dest, self.image), self.image)?.is_unfinished())
     }
 
     fn plan_for(&self, catalogue: &Catalogue) -> Result<Plan, PruneError> {

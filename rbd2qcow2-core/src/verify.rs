@@ -13,7 +13,7 @@ use std::path::Path;
 use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
 use crate::chain::names::PointFile;
-use crate::chain::{Catalogue, ChainError, ImageName, PointName, Problem, image_directory};
+use crate::chain::{Catalogue, ChainError, ImageName, Point, PointName, Problem, image_directory};
 use crate::progress::Counter;
 
 mod affected;
@@ -223,6 +223,47 @@ impl VerifyImage<'_> {
         }
         Ok(self.points.iter().copied().collect::<BTreeSet<_>>().into_iter().collect())
     }
+}
+
+/// What was found out about a single layer.
+pub(crate) struct LayerReport {
+    pub(crate) point: PointName,
+    /// The first thing that is wrong.
+    pub(crate) finding: Option<Finding>,
+    /// Whether there were digests to hold the content against.
+    pub(crate) has_digests: bool,
+}
+
+/// Verifies all content of the layers of some points of an image, whose lock the caller holds. Ends with
+/// the first layer that is damaged. What the catalogue has found is not repeated.
+///
+/// # Errors
+/// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
+pub(crate) fn verify_layers(
+    image: &ImageName,
+    points: &[&Point],
+    cancel: &Cancel,
+) -> Result<Vec<LayerReport>, VerifyError> {
+    let run = VerifyImage {
+        dest: Path::new(""),
+        image,
+        points: &[],
+        options: &VerifyOptions::default(),
+        snapshots: None,
+        progress: &VerifyProgress::default(),
+        cancel,
+    };
+    let mut reports = Vec::new();
+    for point in points {
+        let verdict = layer::verify(point, &run)?;
+        let finding = verdict.findings.into_iter().next();
+        let damaged = finding.is_some();
+        reports.push(LayerReport { point: point.name, finding, has_digests: verdict.verifiable });
+        if damaged {
+            break;
+        }
+    }
+    Ok(reports)
 }
 
 /// The points and whatever they build upon, as far as it is there.

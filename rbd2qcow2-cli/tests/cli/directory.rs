@@ -7,6 +7,7 @@ use std::process::Command;
 use jiff::Timestamp;
 use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::chain::digests::DigestWriter;
 use rbd2qcow2_core::chain::manifest::Features;
 use rbd2qcow2_core::chain::{
     ChainId, ChainWriter, Committed, ImageName, LayerPlan, PointName, Record, SnapshotName, image_directory,
@@ -68,7 +69,7 @@ impl Backups {
 
     /// Adds a point to an image that is `size` bytes long now, upon its newest one if there is one.
     pub fn add_sized(&self, image: &str, chain: &str, time: &str, size: u64) -> Committed {
-        self.commit(image, chain, time, size, Newest, |path, backing| {
+        self.commit(image, chain, time, size, Newest, |path, backing, _| {
             create_layer(path, size.next_multiple_of(512), backing);
         })
     }
@@ -76,7 +77,7 @@ impl Backups {
     /// Adds a point to an image, upon the one of the name `parent`, or upon none.
     pub fn add_upon(&self, parent: Option<&str>, image: &str, chain: &str, time: &str) -> Committed {
         let parent = parent.map_or(Nothing, |parent| Point(PointName::parse(parent).unwrap()));
-        self.commit(image, chain, time, SIZE, parent, |path, backing| {
+        self.commit(image, chain, time, SIZE, parent, |path, backing, _| {
             create_layer(path, SIZE.next_multiple_of(512), backing);
         })
     }
@@ -84,9 +85,9 @@ impl Backups {
     /// Adds a point that holds `content` to an image, upon its newest one, which holds `base`, if there is
     /// one.
     pub fn fill(&self, image: &str, time: &str, content: &[u8], base: Option<&[u8]>) -> Committed {
-        self.commit(image, "0123abcd", time, content.len() as u64, Newest, |path, backing| {
+        self.commit(image, "0123abcd", time, content.len() as u64, Newest, |path, backing, digests| {
             assert_eq!(backing.is_some(), base.is_some(), "a base is what the newest point holds");
-            write_layer(path, content, backing, base);
+            write_layer(path, content, backing, base, digests);
         })
     }
 
@@ -97,7 +98,7 @@ impl Backups {
         time: &str,
         size: u64,
         base: Base,
-        write: impl FnOnce(&Path, Option<&str>),
+        write: impl FnOnce(&Path, Option<&str>, &DigestWriter),
     ) -> Committed {
         let image = ImageName::new(image).unwrap();
         let created: Timestamp = time.parse().unwrap();
@@ -112,7 +113,7 @@ impl Backups {
         let pending = writer.begin(LayerPlan { point, parent, cluster_size: CLUSTER }).unwrap();
         let incremental = pending.backing_name().is_some();
         let record = record(ChainId::parse(chain).unwrap(), point, created, incremental);
-        write(pending.layer_path(), pending.backing_name().as_deref());
+        write(pending.layer_path(), pending.backing_name().as_deref(), pending.digests());
         let record = Record { virtual_size: size, ..record };
         pending.commit(record).unwrap()
     }
@@ -149,7 +150,13 @@ fn record(chain: ChainId, point: PointName, created: Timestamp, incremental: boo
 }
 
 /// Makes a layer of the content that the base does not have.
-fn write_layer(path: &Path, content: &[u8], backing: Option<&str>, base: Option<&[u8]>) {
+fn write_layer(
+    path: &Path,
+    content: &[u8],
+    backing: Option<&str>,
+    base: Option<&[u8]>,
+    digests: &DigestWriter,
+) {
     let spec = LayerSpec {
         path: path.to_owned(),
         virtual_size: (content.len() as u64).next_multiple_of(512),
@@ -170,7 +177,7 @@ fn write_layer(path: &Path, content: &[u8], backing: Option<&str>, base: Option<
         source: &source,
         layer: &layer,
         root: base.is_none(),
-        digests: None,
+        digests: Some(digests),
         buffers: &BufferPool::new(16 << 20),
         rate_limit: None,
         parallel: 4,

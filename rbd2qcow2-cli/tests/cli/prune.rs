@@ -6,10 +6,11 @@ use std::path::Path;
 use rbd2qcow2_core::chain::lock::ChainLock;
 use serde_json::Value;
 
-use crate::cluster::unique_image;
+use crate::cluster::{say, unique_image};
 use crate::cluster_or_skip;
 use crate::directory::Backups;
 use crate::driver::FULL_FEATURES;
+use crate::killed::{Random, count};
 use crate::program::{Run, command, run};
 use crate::rig::{MIB, Rig};
 
@@ -79,6 +80,138 @@ fn a_dry_run_tells_what_is_merged_where() {
     let told = on(backups.path(), &["prune", "web/1", "--keep-last", "1", "--dry-run"]);
     assert!(told.stdout.contains("remove, merged into 20261124T173307Z (no rule keeps it)"), "{told:?}");
     assert!(told.stderr.contains("0 B to "), "{told:?}");
+}
+
+/// Contents that follow each other: all alike but for some parts of each.
+fn contents(count: u8) -> Vec<Vec<u8>> {
+    let mut content: Vec<u8> =
+        (0..2 << 20).map(|byte: u32| (byte.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let follow = |number: u8| {
+        let at = usize::from(number) * 150_000;
+        content[at..at + 300_000].fill(number);
+        content.clone()
+    };
+    (0..count).map(follow).collect()
+}
+
+/// An image with a point for each content, and the names of these.
+fn filled(contents: &[Vec<u8>]) -> (Backups, Vec<String>) {
+    let backups = Backups::new();
+    let mut base = None;
+    let mut names = Vec::new();
+    for (number, content) in contents.iter().enumerate() {
+        backups.fill("vm", &format!("2026-11-{:02}T02:00:00Z", number + 1), content, base);
+        names.push(format!("202611{:02}T020000Z", number + 1));
+        base = Some(content.as_slice());
+    }
+    (backups, names)
+}
+
+/// What stock QEMU reads of a point.
+fn read(backups: &Backups, point: &str) -> Vec<u8> {
+    let raw = backups.path().join("raw");
+    let layer = backups.image("vm").join(format!("vm@{point}.qcow2"));
+    let mut convert = std::process::Command::new("qemu-img");
+    convert.args(["convert", "-U", "-O", "raw"]).arg(layer).arg(&raw);
+    assert!(convert.status().expect("qemu-img runs").success(), "{point}");
+    let content = fs::read(&raw).unwrap();
+    fs::remove_file(raw).unwrap();
+    content
+}
+
+fn points(backups: &Backups) -> Vec<String> {
+    let layers = files(backups, "vm").into_iter();
+    layers.filter_map(|name| Some(name.strip_prefix("vm@")?.strip_suffix(".qcow2")?.to_owned())).collect()
+}
+
+#[test]
+fn what_others_need_is_merged_into_them() {
+    let contents = contents(4);
+    let (backups, names) = filled(&contents);
+    let of = |index: usize| format!("vm@{}", names[index]);
+    let told = on(backups.path(), &["prune", &of(0), &of(2)]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    let line = format!("{}: removed, merged into {} (named)\n", of(2), names[3]);
+    assert!(told.stdout.contains(&line), "{told:?}");
+    assert_eq!(points(&backups), [names[1].as_str(), &names[3]]);
+    for index in [1, 3] {
+        assert!(read(&backups, &names[index]) == contents[index], "{}", names[index]);
+    }
+    assert_eq!(files(&backups, "vm").len(), 6);
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+    let told = on(backups.path(), &["prune", "--keep-last", "1"]);
+    assert_eq!((told.status, points(&backups)), (Some(0), vec![names[3].clone()]), "{told:?}");
+    assert!(read(&backups, &names[3]) == contents[3]);
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+}
+
+#[test]
+fn damage_is_told_and_nothing_merged() {
+    let contents = contents(3);
+    let (backups, names) = filled(&contents);
+    let layer = backups.image("vm").join(format!("vm@{}.qcow2", names[1]));
+    let mut bytes = fs::read(&layer).unwrap();
+    let at = bytes.windows(4096).position(|window| window == [1; 4096]).unwrap();
+    bytes[at + 100] ^= 1;
+    fs::remove_file(&layer).unwrap();
+    fs::write(&layer, bytes).unwrap();
+    let told = on(backups.path(), &["prune", "--keep-last", "1"]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stderr.contains(&format!("point {} is damaged", names[1])), "{told:?}");
+    assert!(told.stderr.contains("are not what was backed up"), "{told:?}");
+    assert_eq!(points(&backups), names);
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(1));
+}
+
+#[test]
+fn killed_at_random_moments() {
+    let mut random = Random::of_this_run("prune::killed_at_random_moments");
+    let contents = contents(5);
+    let mut longest = std::time::Duration::from_millis(50);
+    let (mut killed, mut partly) = (0, 0);
+    for round in 0..count(20) {
+        let (backups, names) = filled(&contents);
+        let mut prune = command();
+        prune
+            .arg("prune")
+            .arg(backups.path())
+            .args([&names[0], &names[2], &names[3]].map(|name| format!("vm@{name}")));
+        let start = std::time::Instant::now();
+        let mut child =
+            prune.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+        if round == 0 {
+            child.wait().unwrap();
+            longest = start.elapsed();
+        } else {
+            std::thread::sleep(random.time_below(longest));
+            child.kill().unwrap();
+            killed += usize::from(child.wait().unwrap().code().is_none());
+        }
+        let there = points(&backups);
+        for (name, content) in names.iter().zip(&contents) {
+            assert!(!there.contains(name) || read(&backups, name) == *content, "{name} has changed");
+        }
+        assert!(there.contains(&names[1]) && there.contains(&names[4]), "{there:?}");
+        partly += usize::from(there.len() < 5 || fs::read_dir(backups.image("vm")).unwrap().count() != 16);
+        // The next run ends it.
+        let told = on(backups.path(), &["prune", "vm", "--keep-last", "5"]);
+        assert_eq!(told.status, Some(0), "{told:?}");
+        let rest: Vec<_> =
+            points(&backups).into_iter().filter(|name| *name != names[1] && *name != names[4]).collect();
+        if !rest.is_empty() {
+            let mut words = vec!["prune".to_owned()];
+            words.extend(rest.iter().map(|name| format!("vm@{name}")));
+            let told = on(backups.path(), &words.iter().map(String::as_str).collect::<Vec<_>>());
+            assert_eq!(told.status, Some(0), "{told:?}");
+        }
+        assert_eq!(points(&backups), [names[1].as_str(), &names[4]]);
+        for index in [1, 4] {
+            assert!(read(&backups, &names[index]) == contents[index], "{}", names[index]);
+        }
+        assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+    }
+    say(&format!("prune::killed_at_random_moments: {killed} killed, {partly} had begun"));
+    assert!(killed > 0, "no run was still alive when it was to be killed");
 }
 
 #[test]

@@ -69,8 +69,9 @@ pub struct Point {
     pub file_bytes: u64,
     /// Where its digests are. They need not be there.
     pub digests: PathBuf,
-    /// Whether manifest and digests still have to take the place of those from before a merge.
-    merged: bool,
+    /// What the layer's header says of the parent: `Some(None)` where it stands alone, `None` where
+    /// that cannot be told.
+    pub(super) linked: Option<Option<PointName>>,
     /// Whether the point can be read: its layer and all that it builds upon are there and fit
     /// together. Says nothing of their content.
     pub sound: bool,
@@ -114,6 +115,10 @@ pub struct Catalogue {
     leftovers: Vec<PathBuf>,
     /// Points with files that wait to replace others.
     unsettled: Vec<PointName>,
+    /// Whether there is a list of points to forget.
+    forgetting: bool,
+    /// The newest name at whose layer's place something stands that is no file, or cannot be looked at.
+    newest_unseen: Option<PointName>,
     /// The newest name that any file of the image bears.
     last_name: Option<PointName>,
 }
@@ -134,15 +139,21 @@ impl Catalogue {
             problems: std::mem::take(&mut files.problems),
             leftovers: Vec::new(),
             unsettled: Vec::new(),
+            forgetting: files.forgetting,
+            newest_unseen: None,
             last_name: files.by_point.keys().next_back().copied(),
         };
         let waits = |of_point: &OfPoint| of_point.merged_manifest || of_point.merged_digests;
         let unsettled = files.by_point.iter().filter(|(_, of_point)| waits(of_point));
         catalogue.unsettled = unsettled.map(|(name, _)| *name).collect();
         for (&name, of_point) in &files.by_point {
-            if of_point.layer == Presence::File {
-                let point = catalogue.read_point(name, of_point);
-                catalogue.points.push(point);
+            match of_point.layer {
+                Presence::Nothing => {}
+                Presence::File => {
+                    let point = catalogue.read_point(name, of_point);
+                    catalogue.points.push(point);
+                }
+                Presence::Other => catalogue.newest_unseen = Some(name),
             }
         }
         catalogue.find_soundness();
@@ -186,9 +197,17 @@ impl Catalogue {
         &self.unsettled
     }
 
-    /// Whether the layer of the point is that of a merge, whose other files have to follow.
-    pub(super) fn is_merged(&self, name: PointName) -> bool {
-        self.point(name).is_some_and(|point| point.merged)
+    /// The newest layer of which nobody can tell what it builds upon.
+    pub(super) fn newest_unlinked(&self) -> Option<PointName> {
+        let unread = self.points.iter().rfind(|point| point.linked.is_none()).map(|point| point.name);
+        unread.max(self.newest_unseen)
+    }
+
+    /// Whether a run that was cut short has left work for the next one that writes: merges to complete or
+    /// to undo, or points to forget.
+    #[must_use]
+    pub fn is_unfinished(&self) -> bool {
+        self.forgetting || !self.unsettled.is_empty()
     }
 
     /// The note of a run that was killed before the first point of its chain was committed, as it
@@ -311,6 +330,7 @@ impl Catalogue {
         if let Some(manifest) = &manifest {
             examined.compare(manifest, header.as_ref(), link, file_bytes);
         }
+        let linked = link;
         let link = link.or(manifest.as_ref().map(|manifest| manifest.parent));
         let fatal = examined.fatal.map(|index| self.problems.len() + index);
         self.problems.append(&mut examined.problems);
@@ -324,7 +344,7 @@ impl Catalogue {
             layer_bytes,
             file_bytes,
             digests,
-            merged: is_merged,
+            linked,
             sound: false,
             fatal,
         }
@@ -382,7 +402,8 @@ impl Catalogue {
     fn link(&self, name: PointName, header: &Header, examined: &mut Examined) -> Option<Option<PointName>> {
         let path = examined.path.clone();
         let backing = match header.chain_backing() {
-            Ok(backing) => backing?.to_owned(),
+            Ok(Some(backing)) => backing.to_owned(),
+            Ok(None) => return Some(None),
             Err(cause) => {
                 examined.fatal(Problem::Header { path, cause: cause.into() });
                 return None;

@@ -14,7 +14,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, RenameFlags};
@@ -55,6 +55,29 @@ pub fn write_aside(path: &Path, content: &[u8]) -> Result<(), ChainError> {
 pub fn seal(file: &File, path: &Path) -> Result<(), ChainError> {
     fault::step("seal", path).map_err(ChainError::io("sync", path))?;
     rustix::fs::fchmod(file, Mode::RUSR).map_err(ChainError::io("make read-only", path))?;
+    file.sync_all().map_err(ChainError::io("sync", path))
+}
+
+/// Gives a file that is to replace `old` the owner and the mode of that one, but for the right to write,
+/// and brings that to stable storage.
+///
+/// # Errors
+/// [`ChainError::Io`], also where the owner is another who may not be given files. The file may have
+/// another owner or mode then.
+pub fn take_after(path: &Path, old: &Path) -> Result<(), ChainError> {
+    fault::step("take after", path).map_err(ChainError::io("give the owner of the old file to", path))?;
+    let file = File::open(path).map_err(ChainError::io("open", path))?;
+    let before = match fs::symlink_metadata(old) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(ChainError::io("look at", old))?,
+    };
+    let now = file.metadata().map_err(ChainError::io("look at", path))?;
+    if (now.uid(), now.gid()) != (before.uid(), before.gid()) {
+        std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))
+            .map_err(ChainError::io("give the owner of the old file to", path))?;
+    }
+    let mode = Mode::from_raw_mode(before.mode() & 0o555);
+    rustix::fs::fchmod(&file, mode).map_err(ChainError::io("give the mode of the old file to", path))?;
     file.sync_all().map_err(ChainError::io("sync", path))
 }
 

@@ -167,6 +167,37 @@ pub enum ChainError {
         #[source]
         cause: Box<ChainError>,
     },
+    /// The manifest of a point that is to take over what others hold is missing or damaged. Only points
+    /// of the Python tool have none.
+    #[error("the point of the manifest {} can take over nothing while that cannot be used; nothing was changed", path.display())]
+    ManifestUnusable {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        cause: ManifestError,
+    },
+    /// A point builds already upon what it is to build upon.
+    #[error("point {point} in {} has nothing to take over", path.display())]
+    NothingToMerge {
+        /// The directory of the image.
+        path: PathBuf,
+        /// The point.
+        point: PointName,
+    },
+    /// Nobody can tell whether a merge that was cut short has come about. Nothing of it is touched, since
+    /// that would be what it takes to find out.
+    #[error(
+        "{} is left of an interrupted merge, and it is not clear whether the point's layer is its result: \
+         {reason}; bring the layer and its manifest back, or move all files of that point away",
+        path.display()
+    )]
+    MergeUnclear {
+        /// The file that waits to replace another.
+        path: PathBuf,
+        /// Why it is not clear.
+        reason: &'static str,
+    },
     /// The note about a snapshot of a killed run cannot be understood.
     #[error(
         "the note {} about the snapshot of an interrupted first backup is damaged; look for snapshots named \

@@ -277,18 +277,14 @@ impl Manifest {
     /// # Errors
     /// Every [`ManifestError`] that is not about reading files.
     pub fn parse(bytes: &[u8], image: &ImageName, point: PointName) -> Result<Self, ManifestError> {
-        let mut value: Value = serde_json::from_slice(bytes).map_err(ManifestError::NotJson)?;
+        let value: Value = serde_json::from_slice(bytes).map_err(ManifestError::NotJson)?;
         let found = &value["format"];
         if *found != FORMAT {
             return Err(ManifestError::Format { found: found.to_string() });
         }
         // The spelling is compared too: or a flipped bit in white space, or a doubled key, would go
         // unnoticed.
-        let spelled = spell(&value) == bytes;
-        let stated = value.as_object_mut().and_then(|object| object.remove("checksum"));
-        if !spelled || stated != Some(Value::String(checksum(&value))) {
-            return Err(ManifestError::Checksum);
-        }
+        let value = unsigned(bytes).ok_or(ManifestError::Checksum)?;
         let raw: RawManifest = serde_json::from_value(value).map_err(ManifestError::Shape)?;
         let manifest = Self::validate(raw)?;
         if manifest.image != *image || manifest.point != point {
@@ -306,10 +302,7 @@ impl Manifest {
     /// [`ManifestError::Value`] for whatever [`parse`](Self::parse) would not accept, so that no
     /// point is committed that cannot be read again.
     pub fn to_bytes(&self) -> Result<Vec<u8>, ManifestError> {
-        let mut value = serde_json::to_value(self.to_raw()).map_err(ManifestError::Shape)?;
-        let checksum = checksum(&value);
-        value["checksum"] = Value::String(checksum);
-        let bytes = spell(&value);
+        let bytes = signed(serde_json::to_value(self.to_raw()).map_err(ManifestError::Shape)?);
         if bytes.len() as u64 > MANIFEST_MAX {
             return Err(ManifestError::TooLong);
         }
@@ -454,6 +447,21 @@ fn spell(value: &Value) -> Vec<u8> {
     let mut bytes = serde_json::to_vec_pretty(&value).unwrap_or_default();
     bytes.push(b'\n');
     bytes
+}
+
+/// The content of a file that is spelled, and has a checksum, as a manifest. `value` is an object.
+pub(super) fn signed(mut value: Value) -> Vec<u8> {
+    let checksum = checksum(&value);
+    value["checksum"] = Value::String(checksum);
+    spell(&value)
+}
+
+/// The object that such a file holds, without the checksum; `None` where any byte is another.
+pub(super) fn unsigned(bytes: &[u8]) -> Option<Value> {
+    let mut value: Value = serde_json::from_slice(bytes).ok()?;
+    let spelled = spell(&value) == bytes;
+    let stated = value.as_object_mut()?.remove("checksum");
+    (spelled && stated == Some(Value::String(checksum(&value)))).then_some(value)
 }
 
 /// Stores a byte string in JSON, see the module's documentation.

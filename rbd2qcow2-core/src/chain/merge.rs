@@ -1,36 +1,21 @@
-//! Replacing the layer of a point by one that takes over what the points below it hold, and forgetting
-//! points.
+//! Replacing the layer of a point by one that takes over what the points below it hold.
 //!
 //! A point has three files, and no rename changes three at once. So the new manifest and digests are put
 //! beside the old ones first, under names of their own (`.<file>.merged`); then the new layer is renamed
 //! over the old one, which is the commit; then the other two follow. A reader that comes in between finds
 //! two manifests, of which just one names the parent that the layer's header names: that one counts
 //! ([`Catalogue`] knows). The next run that writes completes what was committed, and removes what was not.
-//!
-//! Points that are to be forgotten are listed in a file before the first of them goes, so that the next
-//! run can go on. What is listed goes only when no point builds upon it any more.
+//! Where nobody can tell, it touches nothing.
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
-use super::digests::DigestWriter;
+use super::digests::{DigestWriter, DigestsError};
 use super::error::ChainError;
-use super::manifest::{Manifest, ManifestError, Record, read_bounded};
+use super::manifest::{Manifest, ManifestError, Record};
 use super::names::{FileKind, PointFile, PointName};
 use super::planned::Planned;
-use super::{ChainWriter, FORGET_FILE, FORGET_PARTIAL, Paths, durable};
+use super::{ChainWriter, Paths, durable};
 use crate::error::Causes;
-
-/// Longest list of points to be forgotten that is read, in bytes.
-const FORGET_MAX: u64 = 16 << 20;
-
-/// Points to be forgotten, as they stand in the file.
-#[derive(Serialize, Deserialize)]
-struct Forget {
-    format: u64,
-    points: Vec<String>,
-}
 
 /// A layer that is being written to replace a point's. Dropping it removes whatever was written;
 /// [`commit`](Self::commit) puts it into the old one's place.
@@ -42,6 +27,8 @@ pub struct PendingMerge<'w> {
     parent: Option<PointName>,
     cluster_size: u32,
     paths: Paths,
+    /// What the point's manifest says so far; `None` for a point of the Python tool.
+    manifest: Option<Manifest>,
     /// `None` for a point without a manifest, and within [`commit`](Self::commit).
     digests: Option<DigestWriter>,
     /// The files that exist, or may, and go with this unless it is committed.
@@ -66,7 +53,8 @@ impl ChainWriter {
     ///
     /// # Errors
     /// [`ChainError::ParentUnsound`] where `child` cannot be read, or `parent` is not below it;
-    /// [`ChainError::Io`], [`ChainError::Digests`].
+    /// [`ChainError::NothingToMerge`] where it builds upon `parent` already;
+    /// [`ChainError::ManifestUnusable`]; [`ChainError::Io`], [`ChainError::Digests`].
     pub fn begin_merge(
         &self,
         child: PointName,
@@ -84,51 +72,114 @@ impl ChainWriter {
         {
             return Err(unsound(parent, self.catalogue.no_such_point(parent)));
         }
+        // By its parent the new layer is told from the old one.
+        if below.get(1).map(|point| point.name) == parent {
+            return Err(ChainError::NothingToMerge { path: self.directory.clone(), point: child });
+        }
         let paths = Paths::new(self, child);
         let mut files = vec![paths.layer_partial.clone()];
-        let digests = match &below[0].manifest {
+        let manifest = match &below[0].manifest {
+            Some(manifest) => Some(manifest.clone()),
+            None => match Manifest::read(&paths.manifest, &self.image, child) {
+                Err(ManifestError::Missing) if child.is_python() => None,
+                Err(cause) => {
+                    let path = paths.manifest.clone();
+                    return Err(ChainError::ManifestUnusable { path, cause });
+                }
+                Ok(manifest) => Some(manifest),
+            },
+        };
+        let digests = match &manifest {
             None => None,
             Some(_) => {
                 files.push(paths.digests_partial.clone());
                 Some(DigestWriter::create(&paths.digests_partial, cluster_size)?)
             }
         };
-        Ok(PendingMerge { writer: self, child, parent, cluster_size, paths, digests, files })
+        Ok(PendingMerge { writer: self, child, parent, cluster_size, paths, manifest, digests, files })
     }
 
     /// Completes merges that were committed when their run was cut short, and removes what is left of
     /// those that were not.
+    ///
+    /// # Errors
+    /// [`ChainError::MergeUnclear`] where it cannot be told which of the two it is; nothing of that merge
+    /// is touched. [`ChainError::Io`].
     pub(super) fn settle_merges(&mut self) -> Result<(), ChainError> {
         let unsettled = self.catalogue.unsettled().to_vec();
+        if unsettled.is_empty() {
+            return Ok(());
+        }
+        // The layer's name must not be lost when the other files have got theirs.
+        durable::sync_directory(&self.directory)?;
         for name in &unsettled {
-            let (manifest, digests) =
-                (self.merged(*name, FileKind::Manifest), self.merged(*name, FileKind::Digests));
-            if self.catalogue.is_merged(*name) {
-                log::info!(
-                    "completing the merge into {}, which was interrupted",
-                    self.file(*name, FileKind::Layer).display()
-                );
+            if self.is_committed(*name)? {
+                let layer = self.file(*name, FileKind::Layer);
+                log::info!("completing the merge into {}, which was interrupted", layer.display());
                 self.settle(*name)?;
             } else {
                 log::info!("removing what an interrupted merge into point {name} left behind");
                 // The manifest tells that there is a merge: it goes first.
-                durable::remove(&manifest)?;
-                durable::remove(&digests)?;
+                durable::remove(&self.merged(*name, FileKind::Manifest))?;
+                durable::remove(&self.merged(*name, FileKind::Digests))?;
                 durable::sync_directory(&self.directory)?;
             }
         }
-        if unsettled.is_empty() { Ok(()) } else { self.refresh() }
+        self.refresh()
+    }
+
+    /// Whether the files that wait beside those of a point belong to its layer. That is only said where
+    /// something was read that proves it, and so is the contrary.
+    fn is_committed(&self, name: PointName) -> Result<bool, ChainError> {
+        let (waiting, digests) =
+            (self.merged(name, FileKind::Manifest), self.merged(name, FileKind::Digests));
+        let unclear = |path: &Path, reason| Err(ChainError::MergeUnclear { path: path.to_owned(), reason });
+        let read = |path: &Path| Manifest::read(path, &self.image, name);
+        let old = read(&self.file(name, FileKind::Manifest));
+        let new = match read(&waiting) {
+            // Only digests wait: those of a merge that was not committed, unless the manifest that is in
+            // place names them.
+            Err(ManifestError::Missing) => {
+                let Ok(manifest) = old else {
+                    return unclear(&digests, "the point's manifest cannot be read");
+                };
+                return match manifest.digests.check_file(&digests) {
+                    Ok(()) => Ok(true),
+                    Err(DigestsError::OtherFile) => Ok(false),
+                    Err(_) => unclear(&digests, "it cannot be read"),
+                };
+            }
+            new => new,
+        };
+        let Some(parent) = self.catalogue.point(name).and_then(|point| point.linked) else {
+            return unclear(&waiting, "the layer's header cannot be read, or names a foreign file");
+        };
+        let names =
+            |manifest: &Result<Manifest, _>| manifest.as_ref().is_ok_and(|found| found.parent == parent);
+        match (names(&old), names(&new)) {
+            (false, true) => Ok(true),
+            (true, false) => Ok(false),
+            (true, true) => unclear(&waiting, "both manifests name the parent that the layer has"),
+            (false, false) => {
+                unclear(&waiting, "no manifest that can be read names the parent that the layer has")
+            }
+        }
     }
 
     /// Gives the merged digests and manifest of a point their names.
     fn settle(&self, name: PointName) -> Result<(), ChainError> {
-        let digests = self.merged(name, FileKind::Digests);
-        // The manifest comes last: it tells that there is something to settle.
-        if digests.exists() {
-            durable::replace(&digests, &self.file(name, FileKind::Digests))?;
-        }
-        durable::replace(&self.merged(name, FileKind::Manifest), &self.file(name, FileKind::Manifest))?;
-        durable::sync_directory(&self.directory)
+        let place = |kind| -> Result<(), ChainError> {
+            let waiting = self.merged(name, kind);
+            if waiting.try_exists().map_err(ChainError::io("look at", &waiting))? {
+                durable::replace(&waiting, &self.file(name, kind))?;
+                durable::sync_directory(&self.directory)?;
+            }
+            Ok(())
+        };
+        // The manifest comes last, when the digests have their name for good: it tells that there is
+        // something to settle.
+        place(FileKind::Digests)?;
+        place(FileKind::Manifest)
     }
 
     fn file(&self, point: PointName, kind: FileKind) -> PathBuf {
@@ -138,92 +189,15 @@ impl ChainWriter {
     fn merged(&self, point: PointName, kind: FileKind) -> PathBuf {
         self.directory.join(PointFile { image: self.image.clone(), point, kind }.merged_name())
     }
-
-    /// Notes durably which points are to be forgotten, so that the next run goes on if this one does not
-    /// come to it. To be called before the merges that make way.
-    ///
-    /// # Errors
-    /// [`ChainError::Io`]; nothing was changed then.
-    pub fn note_forgetting(&self, points: &[PointName]) -> Result<(), ChainError> {
-        let (partial, path) = (self.directory.join(FORGET_PARTIAL), self.directory.join(FORGET_FILE));
-        let forget = Forget { format: 1, points: points.iter().map(ToString::to_string).collect() };
-        let bytes = serde_json::to_vec_pretty(&forget)
-            .map_err(|error| ChainError::io("write", &path)(std::io::Error::from(error)))?;
-        durable::write_aside(&partial, &bytes)?;
-        durable::replace(&partial, &path).inspect_err(|_| _ = durable::remove(&partial))?;
-        durable::sync_directory(&self.directory)
-    }
-
-    /// Removes the points that were [noted](Self::note_forgetting), the newest first, as far as no point
-    /// builds upon them; and the note. Returns those that were removed.
-    ///
-    /// # Errors
-    /// [`ChainError::Io`]; the next run goes on.
-    pub fn forget(&mut self) -> Result<Vec<PointName>, ChainError> {
-        self.refresh()?;
-        let mut gone = Vec::new();
-        let mut points = self.noted_forgetting()?;
-        points.sort_unstable();
-        for name in points.into_iter().rev() {
-            let points = || self.catalogue.points().iter();
-            let needed = points().any(|point| point.parent == Some(name) && !gone.contains(&point.name));
-            if needed || self.catalogue.point(name).is_none() {
-                continue;
-            }
-            // Without its layer it is no point any more, and the rest is left over.
-            for kind in [FileKind::Layer, FileKind::Manifest, FileKind::Digests] {
-                durable::remove(&self.file(name, kind))?;
-            }
-            // What builds upon it must be gone for good before it goes itself.
-            durable::sync_directory(&self.directory)?;
-            gone.push(name);
-        }
-        if durable::remove(&self.directory.join(FORGET_FILE))? {
-            durable::sync_directory(&self.directory)?;
-        }
-        self.refresh()?;
-        Ok(gone)
-    }
-
-    /// Goes on where an interrupted run has left off.
-    pub(super) fn finish_forgetting(&mut self) -> Result<(), ChainError> {
-        if !self.directory.join(FORGET_FILE).exists() {
-            return Ok(());
-        }
-        let gone = self.forget()?;
-        if !gone.is_empty() {
-            let gone: Vec<_> = gone.iter().map(ToString::to_string).collect();
-            log::info!(
-                "{}: an interrupted run was to forget {}; they are gone now",
-                self.image,
-                gone.join(", ")
-            );
-        }
-        Ok(())
-    }
-
-    /// The points that were to be forgotten. A note that nobody understands asks for nothing.
-    fn noted_forgetting(&self) -> Result<Vec<PointName>, ChainError> {
-        let path = self.directory.join(FORGET_FILE);
-        let bytes = match read_bounded(&path, FORGET_MAX) {
-            Ok(bytes) => bytes,
-            Err(ManifestError::Missing) => return Ok(Vec::new()),
-            Err(ManifestError::Read(cause)) => return Err(ChainError::io("read", &path)(cause)),
-            Err(error) => {
-                log::warn!("{}: {}; nothing is forgotten on its account", path.display(), Causes(&error));
-                return Ok(Vec::new());
-            }
-        };
-        let forget = serde_json::from_slice::<Forget>(&bytes).ok().filter(|forget| forget.format == 1);
-        let points = forget.map(|forget| forget.points).unwrap_or_else(|| {
-            log::warn!("{} is damaged; nothing is forgotten on its account", path.display());
-            Vec::new()
-        });
-        Ok(points.iter().filter_map(|point| PointName::parse(point).ok()).collect())
-    }
 }
 
 impl PendingMerge<'_> {
+    /// What the point's manifest says so far; `None` for a point of the Python tool, which has none.
+    #[must_use]
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
     /// Where the layer is to be written. Nothing is there yet.
     #[must_use]
     pub fn layer_path(&self) -> &Path {
@@ -251,7 +225,7 @@ impl PendingMerge<'_> {
     /// # Errors
     /// [`ChainError`]. With [`ChainError::CommitUncertain`] the new layer may be in place, or come to be
     /// after a power failure; the points below must stay until that is certain. After every other error
-    /// before the commit all is as it was. The next run completes or removes what is left.
+    /// before the commit all points are as they were. The next run completes or removes what is left.
     ///
     /// # Panics
     /// Where the point has a manifest, and `layer` has nothing for it.
@@ -263,6 +237,7 @@ impl PendingMerge<'_> {
             cluster_size: self.cluster_size,
         };
         let (file_bytes, layer_bytes) = planned.seal(Some(layer.extended_l2))?;
+        durable::take_after(&self.paths.layer_partial, &self.paths.layer)?;
         let digests = self.digests.take();
         let with_manifest = digests.is_some();
         if let Some(digests) = digests {
@@ -275,22 +250,21 @@ impl PendingMerge<'_> {
                 file_bytes,
                 layer_bytes,
                 digests: digests.finish()?,
-                hold: self.hold(),
+                // Whoever holds the point goes on holding it.
+                hold: self.manifest.as_ref().and_then(|manifest| manifest.hold.clone()),
             };
             self.put_beside(&manifest)?;
         }
         let layer = &self.paths.layer;
+        // Whether a rename that failed has come about, after all, only the next run can tell. It needs
+        // what waits beside.
+        self.files.retain(|path| *path == self.paths.layer_partial);
         durable::replace(&self.paths.layer_partial, layer)?;
         // From here on it is not ours to remove.
         self.files.clear();
         durable::sync_directory(&self.writer.directory)
             .map_err(|cause| ChainError::CommitUncertain { path: layer.clone(), cause: cause.into() })?;
         if with_manifest { self.writer.settle(self.child) } else { Ok(()) }
-    }
-
-    /// Whoever holds the point goes on holding it.
-    fn hold(&self) -> Option<super::manifest::Hold> {
-        self.writer.catalogue.point(self.child)?.manifest.as_ref()?.hold.clone()
     }
 
     /// Puts manifest and digests beside those that they are to replace.
@@ -300,6 +274,7 @@ impl PendingMerge<'_> {
             bytes.map_err(|cause| ChainError::Manifest { path: self.paths.manifest.clone(), cause })?;
         durable::write_aside(&self.paths.manifest_partial, &bytes)?;
         self.files.push(self.paths.manifest_partial.clone());
+        durable::take_after(&self.paths.manifest_partial, &self.paths.manifest)?;
         let beside = |kind| self.writer.merged(self.child, kind);
         let (digests, manifest) = (beside(FileKind::Digests), beside(FileKind::Manifest));
         self.files.push(digests.clone());

@@ -1,7 +1,8 @@
 //! Why points could not be removed.
 
 use super::plan::PlanError;
-use crate::chain::{ChainError, PointName};
+use crate::chain::ChainError;
+use crate::merge::MergeError;
 
 /// Why an image was not pruned, or not to the end. All points that were to stay are there and whole; what
 /// was begun, the next run finishes.
@@ -14,13 +15,20 @@ pub enum PruneError {
     /// It is not clear what is to be removed, or it must not be.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// Layers would have to be merged.
-    #[error("point {point} builds upon points that are to go, and layers cannot be merged yet")]
-    MergeMissing {
-        /// The first such point.
-        point: PointName,
-    },
+    /// A point that stays could not take over what the points below it hold, so those stay, too.
+    #[error(transparent)]
+    Merge(Box<MergeError>),
     /// The run was asked to stop.
     #[error("interrupted")]
     Cancelled,
+}
+
+impl From<MergeError> for PruneError {
+    fn from(error: MergeError) -> Self {
+        match error {
+            MergeError::Cancelled => Self::Cancelled,
+            MergeError::Chain(cause) => Self::Chain(cause),
+            cause => Self::Merge(cause.into()),
+        }
+    }
 }

@@ -29,6 +29,10 @@ pub(super) fn remove_points(
     points: &[PointName],
     cancel: &Cancel,
 ) -> Result<(), PruneError> {
+    if !points.is_empty() {
+        // A merge that has made way for this may have got no further than to its name.
+        durable::sync_directory(writer.directory())?;
+    }
     let catalogue = writer.catalogue();
     for &point in points {
         if cancel.is_set() {

@@ -221,15 +221,6 @@ fn who_reads_keeps_the_points() {
 }
 
 #[test]
-fn what_cannot_be_done_yet_changes_nothing() {
-    let Some(fixture) = Fixture::chain(&POINTS) else { return };
-    let before = fixture.content();
-    let error = fixture.prune(&last_one()).expect_err("layers would be merged");
-    assert!(matches!(error, PruneError::MergeMissing { .. }), "{error}");
-    assert_eq!(fixture.content(), before);
-}
-
-#[test]
 fn a_directory_of_something_else_gets_no_lock_file() {
     let Some(fixture) = Fixture::chain(&[]) else { return };
     let missing = fixture.prune(&last_one()).expect_err("no such image");

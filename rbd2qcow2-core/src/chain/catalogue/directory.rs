@@ -129,6 +129,8 @@ pub(super) struct Files {
     pub(super) by_point: BTreeMap<PointName, OfPoint>,
     /// Files that were being written.
     pub(super) partial: Vec<PathBuf>,
+    /// Whether there is a list of points to forget.
+    pub(super) forgetting: bool,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -145,6 +147,7 @@ impl Files {
     }
 
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
+        self.forgetting |= name == FORGET_FILE;
         if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, RETIRED_FILE, PYTHON_ROOT].contains(&name) {
             return;
         }

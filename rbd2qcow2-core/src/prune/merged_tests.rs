@@ -1,0 +1,128 @@
+//! Whole prunes of real layers: points that go are merged into those that stay.
+
+use std::collections::BTreeSet;
+use std::fs;
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use proptest::prelude::*;
+
+use super::*;
+use crate::chain::PointName;
+use crate::chain::durable::fault::{self, Fault};
+use crate::layer::native::testing::{cases, form, image, next_content};
+use crate::merge::MergeError;
+use crate::testing::{Fixture, plain};
+
+fn prune_until(fixture: &Fixture, wanted: &Wanted, cancel: &Cancel) -> Result<Plan, PruneError> {
+    let (dest, zone) = (fixture.dest.path(), &TimeZone::UTC);
+    PruneImage { dest, image: &fixture.image, wanted, zone, now: Timestamp::MAX, cancel }.run()
+}
+
+fn prune(fixture: &Fixture, wanted: &Wanted) -> Result<Plan, PruneError> {
+    prune_until(fixture, wanted, &Cancel::new())
+}
+
+fn named(points: impl IntoIterator<Item = PointName>) -> Wanted {
+    Wanted { points: points.into_iter().collect(), ..Wanted::default() }
+}
+
+fn newest(count: u32) -> Wanted {
+    let last = Limit::AtMost(count);
+    Wanted { policy: Some(Policy { last, ..Policy::default() }), points: BTreeSet::new() }
+}
+
+fn names(fixture: &Fixture) -> Vec<PointName> {
+    fixture.points.iter().map(|(name, _)| *name).collect()
+}
+
+proptest! {
+    #![proptest_config(cases(16))]
+    /// Whatever goes, in several runs, with a backup in between.
+    #[test]
+    fn what_stays_is_whole(
+        steps in prop::collection::vec((form(), image()), 2..6),
+        goes in prop::collection::vec(any::<bool>(), 8),
+        next in (form(), image()),
+        last in 1_u32..3
+    ) {
+        let mut fixture = Fixture::new(&steps);
+        let all = names(&fixture);
+        let gone: Vec<_> = all[..all.len() - 1].iter().zip(&goes).filter(|(_, goes)| **goes).map(|(name, _)| *name).collect();
+        prune(&fixture, &named(gone.iter().copied())).expect("pruned");
+        let mut there: Vec<_> = all.into_iter().filter(|name| !gone.contains(name)).collect();
+        fixture.check_all(&there);
+        let old = fixture.points.last().expect("a point").1.clone();
+        fixture.back_up(&next.0, next_content(&old, &next.1));
+        there.push(fixture.points.last().expect("a point").0);
+        prune(&fixture, &newest(last)).expect("pruned");
+        there.drain(..there.len().saturating_sub(last as usize));
+        fixture.check_all(&there);
+        prop_assert!(prune(&fixture, &newest(last)).expect("nothing is left to do").is_empty());
+    }
+}
+
+/// Dies at every step, or has it fail. The next prune by the same rules does the rest, and so does a
+/// backup before it.
+#[test]
+fn whenever_it_dies_what_stays_is_whole() {
+    let sizes = [100_000, 90_000, 100_000, 110_000];
+    let clean = Fixture::of_sizes(&sizes);
+    let all = names(&clean);
+    let wanted = named([all[0], all[2]]);
+    let stay = [all[1], all[3]];
+    fault::plan(None);
+    prune(&clean, &wanted).expect("pruned");
+    let steps = fault::steps();
+    clean.check_all(&stay);
+    for (at, step) in steps.iter().enumerate() {
+        for kind in [Fault::Crash, Fault::Fail] {
+            let fixture = Fixture::of_sizes(&sizes);
+            fault::plan(Some((at, kind)));
+            let result = prune(&fixture, &wanted);
+            fault::steps();
+            let context = format!("{kind:?} at step {at}, {step}: {result:?}");
+            let there = fixture.check_content();
+            assert!(stay.iter().all(|name| there.contains(name)), "{context}");
+            // Where rules ask for nothing more, what was begun is put in order all the same.
+            prune(&fixture, &newest(9)).expect("put in order");
+            let catalogue = Catalogue::read(&fixture.directory(), &fixture.image).expect("read");
+            assert!(!catalogue.is_unfinished(), "{context}");
+            // What lies besides is the next writer's.
+            drop(ChainWriter::open(fixture.dest.path(), &fixture.image).expect("opened"));
+            let there = fixture.check_content();
+            fixture.check_all(&there);
+            let rest = [all[0], all[2]].into_iter().filter(|name| there.contains(name));
+            prune(&fixture, &named(rest)).expect("pruned");
+            fixture.check_all(&stay);
+        }
+    }
+}
+
+#[test]
+fn a_stop_withdraws_the_note() {
+    let fixture = Fixture::of_sizes(&[100_000, 90_000, 100_000]);
+    let cancel = Cancel::new();
+    cancel.set();
+    let error = prune_until(&fixture, &newest(1), &cancel).expect_err("stopped");
+    assert!(matches!(error, PruneError::Cancelled), "{error:?}");
+    fixture.check_all(&names(&fixture));
+}
+
+#[test]
+fn what_cannot_be_merged_stays() {
+    let mut fixture = Fixture::of_sizes(&[100_000, 90_000, 100_000]);
+    let all = names(&fixture);
+    fs::rename(fixture.layer(1).with_extension("digests"), fixture.out.path().join("digests"))
+        .expect("moved");
+    let error = prune(&fixture, &named([all[1]])).expect_err("nothing to verify by");
+    assert!(
+        matches!(&error, PruneError::Merge(cause) if matches!(**cause, MergeError::NoDigests { .. })),
+        "{error:?}"
+    );
+    fs::rename(fixture.out.path().join("digests"), fixture.layer(1).with_extension("digests"))
+        .expect("moved");
+    fixture.check_all(&all);
+    fixture.back_up(&plain(), vec![1; 5000]);
+    fixture.check_all(&names(&fixture));
+}
