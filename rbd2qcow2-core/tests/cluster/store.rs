@@ -191,7 +191,7 @@ impl Store {
         let made = Made {
             spec: spec.clone(),
             manifest: read_json(&file.with_extension("json")),
-            truth: self.truths.path().join(self.points.len().to_string()),
+            truth: self.truth(),
             reason: report.reason.clone(),
             kind: report.kind.expect("a kind").as_str(),
             read_bytes: report.read_bytes,
@@ -212,7 +212,7 @@ impl Store {
 
     /// Adds a point that something else has made; it must hold what is in the file `truth`.
     pub fn adopt(&mut self, spec: &Spec, point: &str, file: &Path, truth: &Path) {
-        let kept = self.truths.path().join(self.points.len().to_string());
+        let kept = self.truth();
         fs::copy(truth, &kept).expect("a copy");
         self.points.push(Made {
             spec: spec.clone(),
@@ -229,6 +229,25 @@ impl Store {
     /// Compares every point once more with what its snapshot held.
     pub fn check_again(&self) {
         self.points.iter().for_each(|made| self.check_content(made));
+    }
+
+    /// A new place for what a point must hold.
+    fn truth(&self) -> PathBuf {
+        self.truths.path().join(crate::cluster::unique("truth"))
+    }
+
+    /// Of the image's points only these are there any more, and may have other parents than they had.
+    pub fn keep_only(&mut self, spec: &Spec, points: &[String]) {
+        self.points.retain(|made| {
+            let stays = made.spec != *spec || points.contains(&made.point);
+            if !stays {
+                fs::remove_file(&made.truth).expect("removed");
+            }
+            stays
+        });
+        for made in self.points.iter_mut().filter(|made| made.spec == *spec) {
+            made.manifest = read_json(&made.file.with_extension("json"));
+        }
     }
 
     /// What is in the directory of the image now must never change; the points named `damaged` are no

@@ -1,0 +1,87 @@
+//! Points that are forgotten as time passes, while backups go on.
+
+use jiff::tz::TimeZone;
+use jiff::{Timestamp, ToSpan};
+use rbd2qcow2_core::cancel::Cancel;
+use rbd2qcow2_core::chain::ImageName;
+use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::options::Writer;
+use rbd2qcow2_core::prune::{Action, Limit, Policy, PruneImage, Wanted};
+
+use crate::cluster_or_skip;
+use crate::driver::{FULL_FEATURES, Layout, Spec};
+use crate::random::Random;
+use crate::store::Store;
+use crate::verify_source;
+
+const MIB: u64 = 1 << 20;
+
+/// Backups, one a day.
+const DAYS: i64 = 40;
+
+/// Prunes the image by the rules, and tells which points stay.
+fn prune(store: &Store, spec: &Spec, policy: &Policy, now: Timestamp) -> Vec<String> {
+    let prune = PruneImage {
+        dest: store.dest(),
+        image: &ImageName::new(&spec.image).expect("a name"),
+        wanted: &Wanted { policy: Some(policy.clone()), ..Wanted::default() },
+        zone: &TimeZone::UTC,
+        now,
+        cancel: &Cancel::new(),
+    };
+    let plan = prune.run().expect("pruned");
+    let kept = plan.decisions.iter().filter(|decision| decision.action == Action::Keep);
+    kept.map(|decision| decision.point.to_string()).collect()
+}
+
+/// Seven days and four weeks, of an image that changes, grows and shrinks, with layers of every kind.
+#[test]
+fn a_month_of_backups() {
+    let cluster = cluster_or_skip!("a_month_of_backups");
+    let mut store = Store::new(&cluster);
+    let mut random = Random::new(40);
+    let mut size = 6 * MIB;
+    let spec = store.image("month", size, &Layout::new(18, FULL_FEATURES));
+    let policy = Policy { daily: Limit::AtMost(7), weekly: Limit::AtMost(4), ..Policy::default() };
+    // A Monday.
+    let start: Timestamp = "2026-03-02T02:00:00Z".parse().expect("a time");
+    for day in 0..DAYS {
+        for _ in 0..3 {
+            let offset = random.below(size - 70_000);
+            store.driver.write(&spec, offset, 1 + random.below(70_000), random.next()).expect("a write");
+        }
+        if day % 9 == 4 {
+            size = 4 * MIB + random.below(4 * MIB);
+            store.driver.resize(&spec, size).expect("another size");
+        }
+        store.options.compression =
+            if day % 3 == 0 { Compression::Zstd { level: None } } else { Compression::None };
+        store.options.writer = if day % 5 == 2 { Writer::QemuNbd } else { Writer::Native };
+        let now = start + (24 * day).hours();
+        store.options.time = Some(now);
+        store.back_up(&spec);
+        let kept = prune(&store, &spec, &policy, now);
+        store.keep_only(&spec, &kept);
+        store.check_directory(&spec);
+        if day % 10 == 9 {
+            store.check_again();
+        }
+    }
+    let names: Vec<_> = store.points().iter().map(|made| made.point.as_str()).collect();
+    // The last day is a Friday: the week's days, the Sunday before, and the Sundays of three weeks before it.
+    let expected = [
+        "20260322T020000Z",
+        "20260329T020000Z",
+        "20260404T020000Z",
+        "20260405T020000Z",
+        "20260406T020000Z",
+        "20260407T020000Z",
+        "20260408T020000Z",
+        "20260409T020000Z",
+        "20260410T020000Z",
+    ];
+    assert_eq!(names, expected);
+    store.check_again();
+    verify_source::check(&cluster, store.dest(), &store.driver, std::slice::from_ref(&spec));
+    store.purge(&spec);
+}
