@@ -239,14 +239,6 @@ pub fn key_value(text: &str) -> Result<(String, String), ValueError> {
 
 /// How clusters are stored.
 pub fn compression(text: &str) -> Result<Compression, ValueError> {
-    match text.split_once(':') {
-        None if text == "none" => Ok(Compression::None),
-        None if text == "zlib" => Ok(Compression::Zlib),
-        None if text == "zstd" => Ok(Compression::Zstd { level: None }),
-        Some(("zstd", level)) => match level.parse() {
-            Ok(level @ 1..=22) => Ok(Compression::Zstd { level: Some(level) }),
-            _ => Err(ValueError::Level),
-        },
-        _ => Err(ValueError::Compression),
-    }
+    let level = text.starts_with("zstd:");
+    text.parse().map_err(|_| if level { ValueError::Level } else { ValueError::Compression })
 }
