@@ -10,7 +10,7 @@ use crate::qcow2::layer::Piece;
 
 /// Bytes of the image that are looked at together: as many as yield some hundred thousand extents at
 /// the worst, where every other sector holds data.
-pub(super) const SEGMENT: u64 = 64 << 20;
+const SEGMENT: u64 = 64 << 20;
 
 /// The content of a point, compared with nothing: its data are reported, and whatever reads as zeroes is
 /// not. Can be shared by threads, which read in parallel.

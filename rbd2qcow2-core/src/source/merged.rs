@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::chain::SEGMENT;
+use super::chain::ChainSource;
 use super::{RbdDiffSource, SourceError};
 use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind};
@@ -16,6 +16,8 @@ use crate::qcow2::layer::Piece;
 #[derive(Debug)]
 pub(crate) struct MergedSource<'a> {
     chain: &'a ChainReader,
+    /// What all of them show.
+    shown: ChainSource<'a>,
     /// How many layers are put into one.
     merged: usize,
     /// Whatever none of them holds from here on was cut off by one of them, and reads as zeroes.
@@ -28,20 +30,17 @@ impl<'a> MergedSource<'a> {
         // The newest hides nothing: the image ends with it.
         let below = chain.layers()[..merged].iter().skip(1);
         let hidden_from = below.map(|layer| layer.virtual_size()).min().unwrap_or(u64::MAX);
-        Self { chain, merged, hidden_from }
+        Self { chain, shown: ChainSource::new(chain, chain.virtual_size()), merged, hidden_from }
     }
 }
 
 impl RbdDiffSource for MergedSource<'_> {
     fn size(&self) -> u64 {
-        self.chain.virtual_size()
+        self.shown.size()
     }
 
     fn segments(&self, align: u64) -> Box<dyn Iterator<Item = Result<Range<u64>, SourceError>> + Send + '_> {
-        // Both are powers of two.
-        let (step, size) = (align.max(SEGMENT), self.size());
-        let starts = (0..size.div_ceil(step)).map(move |number| number * step);
-        Box::new(starts.map(move |start| Ok(start..start.saturating_add(step).min(size))))
+        self.shown.segments(align)
     }
 
     fn diff(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
@@ -64,11 +63,6 @@ impl RbdDiffSource for MergedSource<'_> {
     }
 
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
-        let length = buffer.len();
-        self.chain.read_at(offset, buffer).map_err(|cause| SourceError::Read {
-            offset,
-            length,
-            cause: Box::new(cause),
-        })
+        self.shown.read(offset, buffer)
     }
 }
