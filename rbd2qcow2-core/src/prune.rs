@@ -52,8 +52,7 @@ impl PruneImage<'_> {
     /// # Errors
     /// [`PruneError::Plan`], [`PruneError::Chain`].
     pub fn plan(&self) -> Result<Plan, PruneError> {
-        let catalogue = Catalogue::read(&image_directory(self.dest, self.image), self.image)?;
-        self.plan_for(&catalogue)
+        self.plan_for(&self.catalogue()?)
     }
 
     /// Removes the points, after those that stay have taken over what they need, and tells what was done.
@@ -68,9 +67,12 @@ impl PruneImage<'_> {
     pub fn run(&self) -> Result<Plan, PruneError> {
         // Nobody needs to be kept out, or to be waited for, where nothing is to go. Whatever else there is
         // to say is said of what the lock keeps as it is.
-        match self.plan() {
-            Ok(plan) if plan.is_empty() && !self.is_unfinished()? => return Ok(plan),
-            _ => {}
+        if let Ok(catalogue) = self.catalogue()
+            && !catalogue.is_unfinished()
+            && let Ok(plan) = self.plan_for(&catalogue)
+            && plan.is_empty()
+        {
+            return Ok(plan);
         }
         // This completes what a run that was cut short has left.
         let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
@@ -82,8 +84,8 @@ impl PruneImage<'_> {
         Ok(plan)
     }
 
-    fn is_unfinished(&self) -> Result<bool, PruneError> {
-        Ok(Catalogue::read(&image_directory(self.dest, self.image), self.image)?.is_unfinished())
+    fn catalogue(&self) -> Result<Catalogue, PruneError> {
+        Ok(Catalogue::read(&image_directory(self.dest, self.image), self.image)?)
     }
 
     fn plan_for(&self, catalogue: &Catalogue) -> Result<Plan, PruneError> {

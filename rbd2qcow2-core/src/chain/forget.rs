@@ -84,13 +84,7 @@ impl ChainWriter {
                 kept = Some(unlinked);
                 continue;
             }
-            // Without its layer it is no point any more, and the rest is left over.
-            durable::remove(&self.catalogue.path_of(name, FileKind::Layer))?;
-            // What builds upon it must be gone for good before it goes itself.
-            durable::sync_directory(&self.directory)?;
-            for kind in [FileKind::Manifest, FileKind::Digests] {
-                durable::remove(&self.catalogue.path_of(name, kind))?;
-            }
+            self.remove_point(name)?;
             gone.push(name);
         }
         match kept {
@@ -105,6 +99,23 @@ impl ChainWriter {
         durable::sync_directory(&self.directory)?;
         self.refresh()?;
         Ok(gone)
+    }
+
+    /// Removes the files of a point, which none that is there may build upon.
+    ///
+    /// A point is its layer, so that goes first: manifest and digests without one are left-overs, which the
+    /// next run removes, while a layer without them would be a damaged point. The directory is synced in
+    /// between, or a power failure could bring back a layer, but not its manifest, or not the layer below.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`]. The point is there, whole, or gone but for left-overs.
+    pub(crate) fn remove_point(&self, name: PointName) -> Result<(), ChainError> {
+        durable::remove(&self.catalogue.path_of(name, FileKind::Layer))?;
+        durable::sync_directory(&self.directory)?;
+        for kind in [FileKind::Manifest, FileKind::Digests] {
+            durable::remove(&self.catalogue.path_of(name, kind))?;
+        }
+        Ok(())
     }
 
     /// Goes on where an interrupted run has left off. What cannot be removed hinders nobody.
