@@ -9,6 +9,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+pub(crate) mod absorb;
 pub mod chain;
 pub mod check;
 pub mod compressed;

@@ -20,6 +20,9 @@ const PARTIAL_SUFFIX: &str = ".partial";
 /// Ends the names of files that are to replace others.
 const MERGED_SUFFIX: &str = ".merged";
 
+/// What the name of a file ends with that has outlived its point.
+const BASE_SUFFIX: &str = ".base";
+
 /// Why something is not a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -406,6 +409,19 @@ impl PointFile {
     #[must_use]
     pub fn merged_name(&self) -> String {
         format!(".{}{MERGED_SUFFIX}", self.file_name())
+    }
+
+    /// Its name while the point is gone, but its layer is still what another point's builds upon:
+    /// `.<image>@<point><suffix>.base`.
+    #[must_use]
+    pub fn base_name(&self) -> String {
+        format!(".{}{BASE_SUFFIX}", self.file_name())
+    }
+
+    /// The file whose [`base_name`](Self::base_name) `name` is, if it is one.
+    #[must_use]
+    pub fn parse_base(name: &str) -> Option<Self> {
+        Self::parse(name.strip_prefix('.')?.strip_suffix(BASE_SUFFIX)?)
     }
 
     /// The file whose [`merged_name`](Self::merged_name) `name` is, if it is one.

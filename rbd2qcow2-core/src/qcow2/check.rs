@@ -13,7 +13,7 @@ use super::table::HostOffset;
 use crate::cancel::Cancel;
 
 mod finding;
-mod source;
+pub(super) mod source;
 mod walk;
 mod window;
 

@@ -24,15 +24,15 @@ pub(super) enum Stored<'a> {
 
 /// Where everything is read from.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Source<'a> {
-    pub(super) layer: &'a LayerReader,
-    pub(super) cancel: &'a Cancel,
+pub(in crate::qcow2) struct Source<'a> {
+    pub(in crate::qcow2) layer: &'a LayerReader,
+    pub(in crate::qcow2) cancel: &'a Cancel,
 }
 
 impl Source<'_> {
     /// Reads `bytes` bytes, which lie within the file, from `host` on, and hands them over piece by
     /// piece, each with its place counted from `host`.
-    pub(super) fn pieces(
+    pub(in crate::qcow2) fn pieces(
         self,
         host: u64,
         bytes: u64,
@@ -54,7 +54,7 @@ impl Source<'_> {
     }
 
     /// Hands over `count` numbers of 8 bytes from `host` on, each with its index.
-    pub(super) fn numbers(
+    pub(in crate::qcow2) fn numbers(
         self,
         host: u64,
         count: u64,

@@ -1,0 +1,529 @@
+//! Putting what one layer holds into the file of the layer below, in place, so that the one below need not
+//! be copied.
+//!
+//! Both have the same form. All the while the file is read through the layer above only, which hides
+//! whatever is overwritten: data that it holds itself. Nothing else that the file's tables lead to is
+//! touched, and new clusters and tables go where nothing was. So whoever reads through the layer above, and
+//! whoever dies in the midst of it, sees no difference; and it can be begun again from the start. Only the
+//! last step makes the file's own tables lead elsewhere: entries of the L1 table, of 8 bytes each, are
+//! replaced. After that the file reads as both did together, with or without the layer above.
+//!
+//! Refcounts are of no use to readers, so they are not kept up, but counted anew at the end.
+
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+
+use super::check::CheckError;
+use super::check::source::Source;
+use super::error::ReadError;
+use super::header::{Header, Version};
+use super::layer::LayerReader;
+use super::refcount::{RefcountEntry, RefcountWidth};
+use super::table::{
+    CompressedCluster, GuestOffset, HostOffset, L1Entry, L2Entry, SubclusterKind, Subclusters,
+};
+use crate::cancel::Cancel;
+
+mod usage;
+
+use usage::Usage;
+
+/// Data that are copied at once, in bytes.
+const COPY_BYTES: u64 = 2 << 20;
+
+/// Room for packed data that is taken at once, in bytes; but 2 clusters at least, and 64 at most.
+const RUN_BYTES: u64 = 4 << 20;
+
+/// Most pieces of packed data in such a room: what [`check`](super::check) counts to for one cluster.
+const RUN_PIECES: u16 = 0x7ffe;
+
+/// Most clusters of a file: of each two bits are kept in memory.
+const CLUSTERS_MAX: u64 = 1 << 28;
+
+/// Refcounts that are counted at once: 16 MiB of them.
+const WINDOW_CLUSTERS: u64 = if cfg!(test) { 1 } else { 8 << 20 };
+
+/// Base-2 logarithm of the bits of the refcounts that are counted: QEMU's default, and the writer's.
+const REFCOUNT_ORDER: u32 = 4;
+
+/// Why a layer was not put into the one below. That can still be read through the layer above, as before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AbsorbError {
+    /// One of the layers could not be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// The file could not be changed.
+    #[error("cannot {operation} the layer {}", path.display())]
+    Change {
+        /// What was to be done.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        cause: io::Error,
+    },
+    /// Two entries of the file's tables lead to one cluster: nothing can be overwritten.
+    #[error("the layer {} is damaged: its cluster at {host} is used twice", path.display())]
+    UsedTwice {
+        /// The file.
+        path: PathBuf,
+        /// The cluster.
+        host: HostOffset,
+    },
+    /// The file is not of a kind that is changed in place.
+    #[error("the layer {} cannot be changed in place: {reason}", path.display())]
+    Unfit {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A stop was asked for.
+    #[error("interrupted")]
+    Cancelled,
+}
+
+impl From<CheckError> for AbsorbError {
+    fn from(error: CheckError) -> Self {
+        match error {
+            CheckError::Read(cause) => Self::Read(cause),
+            CheckError::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+/// A file that is changed in place.
+pub(crate) trait Medium {
+    /// Writes all of `bytes` from `offset` on, in bytes.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Brings all that was written to stable storage.
+    fn sync(&self) -> io::Result<()>;
+    /// Gives room in the file back, where that is possible.
+    fn discard(&self, range: Range<u64>) -> io::Result<()>;
+    /// Makes the file so many bytes long.
+    fn set_length(&self, length: u64) -> io::Result<()>;
+}
+
+/// Says why a layer of this header cannot take over one of the header `above`; `None` where it can, as
+/// far as headers tell.
+pub(crate) fn unfit(below: &Header, above: &Header) -> Option<&'static str> {
+    let form = |header: &Header| {
+        (header.cluster_bits.bits(), header.extended_l2, header.compression_type, header.virtual_size)
+    };
+    let checks = [
+        (below.version != Version::V3, "it has an old version of the format"),
+        (form(below) != form(above), "the layer above has another form or size"),
+        (below.refcount_order != REFCOUNT_ORDER, "its refcounts are not of 16 bits"),
+        (below.snapshots != 0, "it has internal snapshots"),
+        (below.autoclear_features != 0, "it has features that go when it is changed"),
+    ];
+    checks.into_iter().find_map(|(is_so, reason)| is_so.then_some(reason))
+}
+
+/// A layer's file that takes over what the layer above it holds: see the [module](self).
+pub(crate) struct Absorb<'a> {
+    medium: &'a dyn Medium,
+    below: &'a LayerReader,
+    above: &'a LayerReader,
+    cancel: &'a Cancel,
+    usage: Usage,
+    /// The L2 tables that are to replace others, by their index in the L1 table.
+    tables: Vec<(u64, HostOffset)>,
+    /// What is left of the room for packed data, and how many more pieces may be put there.
+    run: (Range<u64>, u16),
+    /// Data that are to be copied: from this place of the image, to that of the file, so many bytes.
+    pending: (u64, u64, u64),
+    buffer: Vec<u8>,
+}
+
+impl<'a> Absorb<'a> {
+    /// Begins. `below` reads what `medium` changes. Reads all tables of `below`, and takes 64 MiB of memory
+    /// at the most for it.
+    ///
+    /// # Errors
+    /// [`AbsorbError::Unfit`], [`AbsorbError::UsedTwice`], [`AbsorbError::Read`], [`AbsorbError::Cancelled`].
+    pub(crate) fn new(
+        medium: &'a dyn Medium,
+        below: &'a LayerReader,
+        above: &'a LayerReader,
+        cancel: &'a Cancel,
+    ) -> Result<Self, AbsorbError> {
+        let refuse = |reason| AbsorbError::Unfit { path: below.path().to_owned(), reason };
+        if let Some(reason) = unfit(below.header(), above.header()) {
+            return Err(refuse(reason));
+        }
+        let size = below.geometry().cluster_size();
+        let clusters = |layer: &LayerReader| layer.geometry().file_bytes.div_ceil(size);
+        // All that may be added, some of it twice: runs for packed data may be left half empty.
+        let most = clusters(below) + 2 * clusters(above) + 3 * run_clusters(size);
+        let counted = below.header().refcount_table.entries * per_block(below);
+        if most > counted.min(CLUSTERS_MAX) {
+            return Err(refuse("it has too many clusters"));
+        }
+        Ok(Self {
+            medium,
+            below,
+            above,
+            cancel,
+            usage: Usage::of(below, cancel)?,
+            tables: Vec::new(),
+            run: (0..0, 0),
+            pending: (0, 0, 0),
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Copies everything that the layer above holds, with the tables that lead to it, and brings it to
+    /// stable storage. Nobody who reads the file through the layer above sees a difference.
+    ///
+    /// # Errors
+    /// [`AbsorbError`].
+    pub(crate) fn copy(&mut self) -> Result<(), AbsorbError> {
+        let table = self.above.header().l1_table;
+        let mut tables = Vec::new();
+        self.source().numbers(table.offset, table.entries, |index, raw| {
+            let entry = L1Entry::new(raw, self.above.geometry());
+            let entry = entry.map_err(|fault| l1_fault(self.above, index, fault))?;
+            tables.extend(entry.table.map(|host| (index, host)));
+            Ok(())
+        })?;
+        for (index, host) in tables {
+            self.copy_table(index, host)?;
+        }
+        self.sync()
+    }
+
+    fn source(&self) -> Source<'a> {
+        Source { layer: self.above, cancel: self.cancel }
+    }
+
+    fn copy_table(&mut self, index: u64, host: HostOffset) -> Result<(), AbsorbError> {
+        let (above, below) = (self.above, self.below);
+        let geometry = below.geometry();
+        let (bits, extended) = (geometry.cluster_bits, geometry.extended_l2);
+        let news = self.table(above, host)?;
+        let mut numbers = match self.below_table(index)? {
+            Some(host) => self.table(below, host)?,
+            None => vec![0; news.len()],
+        };
+        let step = if extended { 2 } else { 1 };
+        let mut changed = false;
+        let pairs = news.chunks_exact(step).zip(numbers.chunks_exact_mut(step));
+        for (number, (new, old)) in (0..).zip(pairs) {
+            if self.cancel.is_set() {
+                return Err(AbsorbError::Cancelled);
+            }
+            if new.iter().all(|number| *number == 0) {
+                continue;
+            }
+            let start = index * geometry.l2_coverage() + number * geometry.cluster_size();
+            let entry = |layer: &LayerReader, table: HostOffset, numbers: &[u64]| {
+                let bitmap = numbers.get(1).copied().unwrap_or(0);
+                L2Entry::new(numbers[0], bitmap, layer.geometry()).map_err(|fault| ReadError::L2Entry {
+                    path: layer.path().to_owned(),
+                    table,
+                    index: number,
+                    guest: GuestOffset(start),
+                    fault,
+                })
+            };
+            let new = entry(above, host, new)?;
+            let merged = self.copy_cluster(start, entry(below, host, old)?, new)?;
+            let (raw, bitmap) = merged.encode(bits, extended);
+            old.copy_from_slice(&[raw, bitmap][..step]);
+            changed = true;
+        }
+        self.flush()?;
+        if !changed {
+            return Ok(());
+        }
+        let host = self.take(1);
+        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_be_bytes()).collect();
+        self.write(host, &bytes)?;
+        self.tables.push((index, host));
+        Ok(())
+    }
+
+    /// Copies what the layer above holds of the cluster that begins at `start`, and tells what the
+    /// cluster is then.
+    fn copy_cluster(&mut self, start: u64, old: L2Entry, new: L2Entry) -> Result<L2Entry, AbsorbError> {
+        let size = self.below.geometry().cluster_size();
+        Ok(match (new, old) {
+            (L2Entry::Absent, old) => old,
+            (L2Entry::Subclusters(_, parts), old) if parts == Subclusters::default() => old,
+            (L2Entry::Zero, _) => L2Entry::Zero,
+            (L2Entry::Compressed(packed), _) => L2Entry::Compressed(self.copy_packed(packed)?),
+            (L2Entry::Data(_), old) => {
+                let host = match old {
+                    L2Entry::Data(host) => host,
+                    _ => self.take(1),
+                };
+                self.copy_data(start..start + size, host)?;
+                L2Entry::Data(host)
+            }
+            (L2Entry::Subclusters(_, parts), L2Entry::Compressed(_)) if !is_whole(parts) => {
+                self.unpack(start, parts)?
+            }
+            (L2Entry::Subclusters(_, parts), old) => {
+                let (host, mut merged) = match old {
+                    L2Entry::Subclusters(host, merged) => (host, merged),
+                    _ => (HostOffset(0), Subclusters::default()),
+                };
+                for (run, kind) in parts.runs().filter(|(_, kind)| *kind != SubclusterKind::Absent) {
+                    run.for_each(|index| merged.set(index, kind));
+                }
+                let host = match merged.data_count() {
+                    0 => HostOffset(0),
+                    _ if host.0 == 0 => self.take(1),
+                    _ => host,
+                };
+                self.copy_parts(start, parts, host)?;
+                L2Entry::Subclusters(host, merged)
+            }
+        })
+    }
+
+    fn copy_parts(&mut self, start: u64, parts: Subclusters, host: HostOffset) -> Result<(), AbsorbError> {
+        let size = self.below.geometry().cluster_size() / super::table::SUBCLUSTERS;
+        for (run, _) in parts.runs().filter(|(_, kind)| *kind == SubclusterKind::Data) {
+            let to = HostOffset(host.0 + run.start * size);
+            self.copy_data(start + run.start * size..start + run.end * size, to)?;
+        }
+        Ok(())
+    }
+
+    /// Copies data of the layer above, sooner or later.
+    fn copy_data(&mut self, range: Range<u64>, to: HostOffset) -> Result<(), AbsorbError> {
+        let length = range.end.min(self.above.virtual_size()) - range.start;
+        let (from, host, pending) = self.pending;
+        if pending > 0
+            && (from + pending, host + pending) == (range.start, to.0)
+            && pending + length <= COPY_BYTES
+        {
+            self.pending.2 += length;
+            return Ok(());
+        }
+        self.flush()?;
+        self.pending = (range.start, to.0, length);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), AbsorbError> {
+        let (from, host, length) = std::mem::take(&mut self.pending);
+        if length == 0 {
+            return Ok(());
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        buffer.resize(index(length), 0);
+        // The tables said that it holds all of this.
+        self.above.read_at(from, &mut buffer)?;
+        self.write(HostOffset(host), &buffer)?;
+        self.buffer = buffer;
+        Ok(())
+    }
+
+    /// A packed cluster of which parts are replaced becomes a plain one, elsewhere: what it holds besides
+    /// is still asked for.
+    fn unpack(&mut self, start: u64, parts: Subclusters) -> Result<L2Entry, AbsorbError> {
+        let end = (start + self.below.geometry().cluster_size()).min(self.below.virtual_size());
+        let mut content = vec![0; index(end - start)];
+        self.below.read_at(start, &mut content)?;
+        self.above.read_at(start, &mut content)?;
+        let host = self.take(1);
+        self.write(host, &content)?;
+        let mut merged = Subclusters::default();
+        for (run, kind) in parts.runs() {
+            let kind = if kind == SubclusterKind::Zero { kind } else { SubclusterKind::Data };
+            run.for_each(|index| merged.set(index, kind));
+        }
+        Ok(L2Entry::Subclusters(host, merged))
+    }
+
+    fn copy_packed(&mut self, packed: CompressedCluster) -> Result<CompressedCluster, AbsorbError> {
+        let size = self.below.geometry().cluster_size();
+        let mut bytes = vec![0; index(packed.bytes)];
+        self.above.read_exact(packed.host, &mut bytes)?;
+        let (run, left) = &self.run;
+        if run.end - run.start < packed.bytes || *left == 0 {
+            let clusters = run_clusters(size);
+            let start = self.take(clusters).0;
+            self.run = (start..start + clusters * size, RUN_PIECES);
+        }
+        let (run, left) = &mut self.run;
+        let host = HostOffset(run.start);
+        run.start += packed.bytes;
+        *left -= 1;
+        self.write(host, &bytes)?;
+        Ok(CompressedCluster { host, bytes: packed.bytes })
+    }
+
+    /// Where the L2 table of this index lies in the file.
+    fn below_table(&self, index: u64) -> Result<Option<HostOffset>, AbsorbError> {
+        let mut raw = [0; 8];
+        self.below.read_exact(HostOffset(self.below.header().l1_table.offset + index * 8), &mut raw)?;
+        let entry = L1Entry::new(u64::from_be_bytes(raw), self.below.geometry());
+        Ok(entry.map_err(|fault| l1_fault(self.below, index, fault))?.table)
+    }
+
+    fn table(&self, layer: &LayerReader, host: HostOffset) -> Result<Vec<u64>, AbsorbError> {
+        let count = layer.geometry().cluster_size() / 8;
+        let mut numbers = Vec::with_capacity(index(count));
+        let source = Source { layer, cancel: self.cancel };
+        source.numbers(host.0, count, |_, number| {
+            numbers.push(number);
+            Ok(())
+        })?;
+        Ok(numbers)
+    }
+
+    fn take(&mut self, clusters: u64) -> HostOffset {
+        HostOffset(self.usage.take(clusters) << self.below.geometry().cluster_bits)
+    }
+
+    fn write(&self, host: HostOffset, bytes: &[u8]) -> Result<(), AbsorbError> {
+        self.changed("write to", self.medium.write_at(host.0, bytes))
+    }
+
+    fn sync(&self) -> Result<(), AbsorbError> {
+        self.changed("flush", self.medium.sync())
+    }
+
+    fn changed(&self, operation: &'static str, result: io::Result<()>) -> Result<(), AbsorbError> {
+        let path = || self.below.path().to_owned();
+        result.map_err(|cause| AbsorbError::Change { operation, path: path(), cause })
+    }
+
+    /// Has the file's L1 table lead to the new tables, without waiting for stable storage. Nobody else may
+    /// have the file open.
+    ///
+    /// # Errors
+    /// [`AbsorbError::Change`].
+    pub(crate) fn switch(&self) -> Result<(), AbsorbError> {
+        let table = self.below.header().l1_table.offset;
+        for (index, host) in &self.tables {
+            let entry = L1Entry { table: Some(*host) }.encode();
+            self.write(HostOffset(table + index * 8), &entry.to_be_bytes())?;
+        }
+        Ok(())
+    }
+
+    /// Counts the refcounts, gives back the room of all that is no longer in use, and brings everything to
+    /// stable storage. `now` reads the file as it is. Whoever has opened the file before the
+    /// [`switch`](Self::switch) must be gone.
+    ///
+    /// # Errors
+    /// [`AbsorbError`].
+    pub(crate) fn finish(mut self, now: &LayerReader) -> Result<(), AbsorbError> {
+        self.sync()?;
+        self.usage = Usage::of(now, self.cancel)?;
+        let blocks = self.refcount_blocks(now)?;
+        self.count(now, &blocks)?;
+        self.sync()?;
+        let bits = now.geometry().cluster_bits;
+        let end = self.usage.end();
+        for run in self.usage.free_runs(end) {
+            self.changed("give back room of", self.medium.discard(run.start << bits..run.end << bits))?;
+        }
+        self.changed("cut off the end of", self.medium.set_length(end << bits))?;
+        self.sync()
+    }
+
+    /// Where all refcount blocks lie, and whether each is new: there is one for every cluster that is used.
+    fn refcount_blocks(&mut self, now: &LayerReader) -> Result<Vec<(Option<HostOffset>, bool)>, AbsorbError> {
+        let mut blocks = Vec::new();
+        let table = now.header().refcount_table;
+        let source = Source { layer: now, cancel: self.cancel };
+        let mut fault = None;
+        source.numbers(table.offset, table.entries, |_, raw| {
+            match RefcountEntry::new(raw, now.geometry()) {
+                Ok(entry) => blocks.push((entry.block, false)),
+                Err(_) => fault = Some("its refcount table is damaged"),
+            }
+            Ok(())
+        })?;
+        if let Some(reason) = fault {
+            return Err(AbsorbError::Unfit { path: now.path().to_owned(), reason });
+        }
+        // New blocks may lie behind the end, and want to be counted, too.
+        let mut number = 0;
+        while number < self.usage.end().div_ceil(per_block(now)) {
+            let Some(block) = blocks.get_mut(index(number)) else {
+                let reason = "its refcount table is too short";
+                return Err(AbsorbError::Unfit { path: now.path().to_owned(), reason });
+            };
+            if block.0.is_none() {
+                let host = HostOffset(self.usage.take(1) << now.geometry().cluster_bits);
+                *block = (Some(host), true);
+            }
+            number += 1;
+        }
+        Ok(blocks)
+    }
+
+    /// Writes all refcounts, and the entries that lead to new blocks.
+    fn count(&self, now: &LayerReader, blocks: &[(Option<HostOffset>, bool)]) -> Result<(), AbsorbError> {
+        let (per_block, bits) = (per_block(now), now.geometry().cluster_bits);
+        let at_once = (WINDOW_CLUSTERS / per_block).max(1);
+        let new = blocks.iter().filter(|(_, new)| *new).filter_map(|(host, _)| *host);
+        let new: Vec<_> = new.map(|host| host.0 >> bits).collect();
+        for (number, blocks) in (0..).step_by(index(at_once)).zip(blocks.chunks(index(at_once))) {
+            if blocks.iter().all(|(host, _)| host.is_none()) {
+                continue;
+            }
+            let window = number * per_block..(number + blocks.len() as u64) * per_block;
+            let mut counts = vec![0_u16; index(window.end - window.start)];
+            let mut add = |clusters: Range<u64>| {
+                for cluster in clusters.start.max(window.start)..clusters.end.min(window.end) {
+                    let count = &mut counts[index(cluster - window.start)];
+                    *count = count.saturating_add(1);
+                }
+            };
+            usage::visit(now, self.cancel, |clusters, _| add(clusters))?;
+            new.iter().for_each(|cluster| add(*cluster..cluster + 1));
+            for ((host, _), counts) in blocks.iter().zip(counts.chunks(index(per_block))) {
+                if let Some(host) = host {
+                    let bytes: Vec<u8> = counts.iter().flat_map(|count| count.to_be_bytes()).collect();
+                    self.write(*host, &bytes)?;
+                }
+            }
+        }
+        let table = now.header().refcount_table.offset;
+        for (number, (host, new)) in (0..).zip(blocks) {
+            if let (Some(host), true) = (host, new) {
+                self.write(HostOffset(table + number * 8), &host.0.to_be_bytes())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Clusters that a refcount block of the layer counts.
+fn per_block(layer: &LayerReader) -> u64 {
+    RefcountWidth::of(layer.header()).per_block(layer.geometry().cluster_size())
+}
+
+/// Room for packed data, in clusters.
+fn run_clusters(cluster_size: u64) -> u64 {
+    (RUN_BYTES / cluster_size).clamp(2, 64)
+}
+
+/// Whether no part is left to the layer below.
+fn is_whole(parts: Subclusters) -> bool {
+    parts.runs().all(|(_, kind)| kind != SubclusterKind::Absent)
+}
+
+fn l1_fault(layer: &LayerReader, index: u64, fault: super::table::EntryFault) -> ReadError {
+    let guest = GuestOffset(index * layer.geometry().l2_coverage());
+    ReadError::L1Entry { path: layer.path().to_owned(), index, guest, fault }
+}
+
+/// Sizes of tables and buffers, which are in memory.
+fn index(number: u64) -> usize {
+    usize::try_from(number).expect("in memory")
+}
+
+#[cfg(test)]
+mod tests;
