@@ -16,12 +16,14 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Access;
 
 mod announcement;
+mod base;
 pub mod catalogue;
 pub mod digests;
 pub mod durable;
 mod error;
 mod forget;
 pub mod hold;
+mod lease;
 pub mod lock;
 pub mod manifest;
 mod merge;
@@ -33,7 +35,7 @@ pub use announcement::Announcement;
 pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
 pub use error::ChainError;
 pub use manifest::{Manifest, Record};
-pub use merge::{MergedLayer, PendingMerge};
+pub use merge::{MergedLayer, Onto, PendingMerge};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};
 
 use crate::error::Causes;
@@ -407,6 +409,7 @@ impl PendingLayer<'_> {
             image: self.writer.image.clone(),
             point: self.point,
             parent: self.parent,
+            base: None,
             record,
             file_bytes,
             layer_bytes,

@@ -14,18 +14,22 @@ use std::path::PathBuf;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
-use crate::chain::{ChainError, ChainWriter, MergedLayer, Point, PointName, Record};
+use crate::chain::{ChainError, ChainWriter, MergedLayer, Onto, Point, PointName, Record};
 use crate::copy::{self, Copy, CopyError};
 use crate::extent::{Extent, ExtentKind, align};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter};
 use crate::progress::Progress;
+use crate::qcow2::absorb::{self, AbsorbError};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
+use crate::qcow2::header::CompressionType;
 use crate::qcow2::table::SUBCLUSTERS;
 use crate::source::RbdDiffSource;
 use crate::source::merged::MergedSource;
 use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
+
+mod absorbing;
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -116,6 +120,16 @@ pub enum MergeError {
         /// The point without digests.
         from: PointName,
     },
+    /// A base could not take over what is above it. All points read as before, and the next run that prunes
+    /// tries again.
+    #[error("cannot put what point {point} holds into the layer that it builds upon")]
+    Absorb {
+        /// The point.
+        point: PointName,
+        /// Why.
+        #[source]
+        cause: AbsorbError,
+    },
     /// The layers could not be verified.
     #[error("cannot verify what point {point} is to take over")]
     Verify {
@@ -138,11 +152,13 @@ pub struct MergeOptions {
     pub parallel: usize,
     /// Bytes of image data that may be in memory.
     pub memory: usize,
+    /// A large layer is reused in place where that saves writing so many bytes.
+    pub least_saving: u64,
 }
 
 impl Default for MergeOptions {
     fn default() -> Self {
-        Self { parallel: 8, memory: 48 << 20 }
+        Self { parallel: 8, memory: 48 << 20, least_saving: 64 << 20 }
     }
 }
 
@@ -170,13 +186,34 @@ pub struct Merge<'a> {
 struct Survey {
     /// What the clusters take that hold data, in bytes, if none is packed.
     bytes: u64,
+    /// What there is to be written of them.
+    written: u64,
     /// Whether what is merged has edges within what is copied as one, so that it is filled up with what
     /// the layers below hold.
     edges: bool,
 }
 
+/// How a merge is done.
+struct Method {
+    /// How many of the chain's newest layers are put into one.
+    layers: usize,
+    /// How many of the newest points that is.
+    points: usize,
+    /// What the new layer builds upon.
+    onto: Onto,
+    /// What the new layer is to be.
+    spec: LayerSpec,
+    survey: Survey,
+}
+
 impl Merge<'_> {
     /// Verifies what it is made of, writes the new layer and puts it into the old one's place. Blocks.
+    ///
+    /// Where the oldest layer of those that are to be one is large, and the others are small, it is not
+    /// copied: the others are put into one above it, and it becomes the child's *base*, which keeps its
+    /// layer when the point is [forgotten](ChainWriter::forget). After that, this merge again has the base
+    /// take over what is above, in place, as far as nobody else has it open; else both are copied into one
+    /// after all.
     ///
     /// All points read the same before and after, and at every moment between, also where this process
     /// dies. The points that the child has taken over are still there: they are removed by
@@ -186,28 +223,109 @@ impl Merge<'_> {
     /// [`MergeError`]. Damage in what would be copied is one.
     pub fn run(&self) -> Result<(), MergeError> {
         let points = self.points()?;
+        let child = points[0];
+        if child.base.is_some() && child.parent == self.parent && self.absorb(child)? {
+            return Ok(());
+        }
         let merged = match self.parent {
             None => points.len(),
             Some(parent) => points.iter().position(|point| point.name == parent).unwrap_or(points.len()),
         };
+        // Before the files are opened here.
+        let can_absorb = self.may_be_base(&points[..merged])?;
         let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
         let chain =
             ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
-        let spec = self.spec(&points, &chain);
         // What the first layer of a Python chain builds upon is empty.
         let layers = if self.parent.is_none() { paths.len() } else { merged };
-        let source = MergedSource::new(&chain, layers);
-        let survey = self.survey(&source, &spec)?;
-        self.check_space(survey.bytes)?;
-        let pending = self.writer.begin_merge(self.child, self.parent, spec.cluster_size)?;
+        let spec = self.spec(&points, &chain, 0);
+        let survey = self.survey(&MergedSource::new(&chain, layers), &spec)?;
+        let whole = Method { layers, points: merged, onto: Onto::Point(self.parent), spec, survey };
+        if can_absorb && let Some(method) = self.onto_base(&points, &chain, &whole)? {
+            return self.write_onto_base(&points, &chain, &method);
+        }
+        self.write(&points, &chain, &whole)
+    }
+
+    /// Whether the oldest of these points can be reused, as far as that is told without its layer.
+    fn may_be_base(&self, points: &[&Point]) -> Result<bool, MergeError> {
+        let [child, .., oldest] = points else { return Ok(false) };
+        // Nor may it be one already, for another point.
+        let has_base = points.iter().any(|point| point.base.is_some())
+            || self.writer.catalogue().base(oldest.name).is_some();
+        let Some(header) = &oldest.header else { return Ok(false) };
+        // Its digests are put together with others, so there must be some; unless the child has none.
+        let digests = child.manifest.is_none() || (oldest.manifest.is_some() && oldest.digests.exists());
+        // The first of a Python chain builds upon something that is no point.
+        let root = oldest.parent.is_some() || header.backing.is_none();
+        let size =
+            child.header.as_ref().is_some_and(|header_of| header_of.virtual_size == header.virtual_size);
+        if has_base || !digests || !root || !size || absorb::unfit(header, header).is_some() {
+            return Ok(false);
+        }
+        Ok(self.writer.can_absorb(oldest.name, self.child)?)
+    }
+
+    /// What is to be written where the oldest layer is reused; `None` where that is not worthwhile.
+    fn onto_base(
+        &self,
+        points: &[&Point],
+        chain: &ChainReader,
+        whole: &Method,
+    ) -> Result<Option<Method>, MergeError> {
+        let base = whole.points - 1;
+        let spec = self.spec(points, chain, base);
+        let kind = match spec.compression {
+            Compression::None => None,
+            Compression::Zlib => Some(CompressionType::Zlib),
+            Compression::Zstd { .. } => Some(CompressionType::Zstd),
+        };
+        if kind.is_some_and(|kind| kind != chain.layers()[base].header().compression_type) {
+            return Ok(None);
+        }
+        let survey = self.survey(&MergedSource::new(chain, base), &spec)?;
+        // It is written twice: above the base, and into it.
+        let saved = whole.survey.written.saturating_sub(survey.written.saturating_mul(2));
+        let onto = Onto::Base(points[base].name);
+        Ok((saved >= self.options.least_saving.max(1)).then_some(Method {
+            layers: base,
+            points: base,
+            onto,
+            spec,
+            survey,
+        }))
+    }
+
+    /// Puts all but the oldest layer into one, upon a second name of the oldest.
+    fn write_onto_base(
+        &self,
+        points: &[&Point],
+        chain: &ChainReader,
+        method: &Method,
+    ) -> Result<(), MergeError> {
+        let Onto::Base(base) = method.onto else { unreachable!("it is made so") };
+        // Where this fails, the next run removes the name, unless the new layer is in place and needs it.
+        self.writer.keep_base(base)?;
+        self.write(points, chain, method)
+    }
+
+    fn write(&self, points: &[&Point], chain: &ChainReader, method: &Method) -> Result<(), MergeError> {
+        let source = MergedSource::new(chain, method.layers);
+        let spec = &method.spec;
+        let times = if matches!(method.onto, Onto::Base(_)) { 2 } else { 1 };
+        self.check_space(method.survey.bytes.saturating_mul(times))?;
+        let pending = self.writer.begin_merge(self.child, method.onto, spec.cluster_size)?;
         // Of the layers below only what shares a grain with what is merged is copied.
-        let read = if survey.edges { points.len() } else { merged };
+        let read = if method.survey.edges { points.len() } else { method.points };
         self.verify(&points[..read], pending.manifest().is_some())?;
-        let spec =
-            LayerSpec { path: pending.layer_path().to_owned(), backing: pending.backing_name(), ..spec };
+        let spec = LayerSpec {
+            path: pending.layer_path().to_owned(),
+            backing: pending.backing_name(),
+            ..spec.clone()
+        };
         let failed = |cause| MergeError::Layer { point: self.child, cause };
         let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
-        self.copy(&source, &layer, pending.digests())?;
+        self.copy(&source, &layer, method.onto == Onto::Point(None), pending.digests())?;
         let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
         drop(layer);
         if self.cancel.is_set() {
@@ -224,7 +342,9 @@ impl Merge<'_> {
             extended_l2,
             ..manifest.record.clone()
         });
-        Ok(pending.commit(MergedLayer { virtual_size: spec.virtual_size, extended_l2, record })?)
+        pending.commit(MergedLayer { virtual_size: spec.virtual_size, extended_l2, record })?;
+        let old = points[0].base.filter(|base| method.onto != Onto::Base(*base));
+        old.map_or(Ok(()), |base| Ok(self.writer.drop_base(base)?))
     }
 
     /// The child and all that it builds upon.
@@ -237,17 +357,17 @@ impl Merge<'_> {
         ChainError::ParentUnsound { path, point: self.child, cause: cause.into() }.into()
     }
 
-    /// The new layer has the form of the one that it replaces, and is packed if any of those that are
-    /// put into it was.
-    fn spec(&self, points: &[&Point], chain: &ChainReader) -> LayerSpec {
-        let header = chain.layers()[0].header();
+    /// The new layer has the form of one of those that it replaces, number `like`, and is packed if any of
+    /// those that are put into it was.
+    fn spec(&self, points: &[&Point], chain: &ChainReader, like: usize) -> LayerSpec {
+        let header = chain.layers()[like].header();
         let packed = points.iter().take_while(|point| Some(point.name) != self.parent).filter_map(|point| {
             let recorded = point.manifest.as_ref()?.record.compression.parse().ok()?;
             (recorded != Compression::None).then_some(recorded)
         });
         LayerSpec {
             path: PathBuf::new(),
-            virtual_size: header.virtual_size,
+            virtual_size: chain.virtual_size(),
             backing: None,
             cluster_size: u32::try_from(header.cluster_bits.size()).expect("at most 2 MiB"),
             compression: packed.into_iter().next().unwrap_or_default(),
@@ -265,7 +385,7 @@ impl Merge<'_> {
         };
         let size = source.size();
         let length = |extents: &[Extent]| extents.iter().map(|extent| extent.length).sum::<u64>();
-        let mut survey = Survey { bytes: 0, edges: false };
+        let mut survey = Survey { bytes: 0, written: 0, edges: false };
         for segment in source.segments(cluster) {
             let failed = |cause| MergeError::Copy { point: self.child, cause: CopyError::Source(cause) };
             if self.cancel.is_set() {
@@ -273,8 +393,12 @@ impl Merge<'_> {
             }
             let mut found = Vec::new();
             source.diff(segment.map_err(failed)?, &mut found).map_err(failed)?;
-            survey.edges |= length(&align(found.clone(), step, size)) != length(&found);
-            found.retain(|extent| extent.kind == ExtentKind::Data);
+            let aligned = align(found.clone(), step, size);
+            survey.edges |= length(&aligned) != length(&found);
+            let is_data = |extent: &Extent| extent.kind == ExtentKind::Data;
+            survey.written +=
+                aligned.iter().filter(|extent| is_data(extent)).map(|extent| extent.length).sum::<u64>();
+            found.retain(is_data);
             survey.bytes += length(&align(found, cluster, size));
         }
         Ok(survey)
@@ -316,12 +440,13 @@ impl Merge<'_> {
         &self,
         source: &MergedSource<'_>,
         layer: &NativeLayer,
+        root: bool,
         digests: Option<&crate::chain::digests::DigestWriter>,
     ) -> Result<(), MergeError> {
         let copy = Copy {
             source,
             layer,
-            root: self.parent.is_none(),
+            root,
             digests,
             buffers: &BufferPool::new(self.options.memory.max(LEAST_MEMORY)),
             rate_limit: None,

@@ -76,11 +76,14 @@ impl PruneImage<'_> {
         }
         // This completes what a run that was cut short has left.
         let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
+        let completed = take_over::complete(&mut writer, self.cancel);
         let plan = self.plan_for(writer.catalogue())?;
         remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
         writer.refresh()?;
         take_over::merge_and_forget(&mut writer, &plan, self.cancel)?;
+        // What hindered that may be gone with some points: a full disk, for instance.
+        completed.or_else(|_| take_over::complete(&mut writer, self.cancel))?;
         Ok(plan)
     }
 

@@ -8,6 +8,7 @@ use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 pub(crate) mod absorb;
 pub mod chain;
@@ -27,6 +28,11 @@ pub mod writer;
 /// What qcow2 counts virtual sizes in, bytes. An image's size is rounded up to it.
 pub const SECTOR: u64 = 512;
 
+/// A layer that takes over another's content is kept from being opened for a moment: how often that is tried
+/// again, and after how long.
+const LEASE_TRIES: u32 = 100;
+const LEASE_PAUSE: Duration = Duration::from_millis(10);
+
 /// Opens a file of a chain for reading, and only a file: a symbolic link that was put in its place is
 /// not followed, a pipe is not waited for. `None` for whatever is no regular file.
 ///
@@ -34,7 +40,16 @@ pub const SECTOR: u64 = 512;
 /// What `open(2)` and `fstat(2)` say.
 pub(crate) fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-    match File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path) {
+    let open = || File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path);
+    let mut opened = open();
+    for _ in 0..LEASE_TRIES {
+        match &opened {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(LEASE_PAUSE),
+            _ => break,
+        }
+        opened = open();
+    }
+    match opened {
         Ok(file) => {
             let metadata = file.metadata()?;
             Ok(metadata.is_file().then_some((file, metadata)))

@@ -48,6 +48,20 @@ impl Fixture {
         fixture
     }
 
+    /// Points of which the first is large, and the others hold little: some data, parts of clusters, and
+    /// zeroes.
+    pub(crate) fn of_small_changes(count: usize) -> Self {
+        let mut fixture = Self::empty("vm");
+        let mut content: Vec<u8> = (0..600_000_u32).map(|index| (index / 3) as u8 | 1).collect();
+        for number in 0..count {
+            let start = 70_000 * number;
+            content[start + 1000..start + 9000].fill(number as u8 | 0x80);
+            content[start + 20_000..start + 40_000].fill(0);
+            fixture.back_up(&plain(), content.clone());
+        }
+        fixture
+    }
+
     pub(crate) fn back_up(&mut self, form: &Form, content: Vec<u8>) {
         let writer = ChainWriter::open(self.dest.path(), &self.image).expect("opened");
         let time = jiff::Timestamp::from_second(1_700_000_000 + self.points.len() as i64).expect("a time");

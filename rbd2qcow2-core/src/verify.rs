@@ -173,7 +173,7 @@ impl VerifyImage<'_> {
         let wanted = self.wanted(&catalogue)?;
         let needed = with_ancestors(&catalogue, &wanted);
         let mut verdicts = BTreeMap::new();
-        for point in needed.iter().filter_map(|name| catalogue.point(*name)) {
+        for point in needed.iter().filter_map(|name| catalogue.layer(*name)) {
             let verdict = layer::verify(point, self)?;
             verdicts.insert(point.name, verdict);
         }
@@ -271,10 +271,10 @@ fn with_ancestors(catalogue: &Catalogue, points: &[PointName]) -> BTreeSet<Point
     let mut needed = BTreeSet::new();
     for name in points {
         let mut next = Some(*name);
-        while let Some(point) = next.and_then(|name| catalogue.point(name))
+        while let Some(point) = next.and_then(|name| catalogue.layer(name))
             && needed.insert(point.name)
         {
-            next = point.parent;
+            next = point.below();
         }
     }
     needed

@@ -58,20 +58,22 @@ pub struct Point {
     pub kind: Option<PointKind>,
     /// The point it builds upon, which need not exist.
     pub parent: Option<PointName>,
+    /// The point, gone by now, whose layer lies between its own and the parent's: a merge has yet to put
+    /// the two into one.
+    pub base: Option<PointName>,
     /// The layer's header, unless it is unreadable.
     pub header: Option<Header>,
     /// The manifest. Points of the Python tool have none; otherwise its absence is a problem, but
     /// one that leaves the layer readable.
     pub manifest: Option<Manifest>,
-    /// What the layer takes on disk, in bytes.
+    /// What the layer takes on disk, in bytes, with that of the base.
     pub layer_bytes: u64,
     /// The length of the layer's file, in bytes.
     pub file_bytes: u64,
     /// Where its digests are. They need not be there.
     pub digests: PathBuf,
-    /// What the layer's header says of the parent: `Some(None)` where it stands alone, `None` where
-    /// that cannot be told.
-    pub(super) linked: Option<Option<PointName>>,
+    /// What the layer's header says of what is below; `None` where that cannot be told.
+    pub(super) linked: Option<Link>,
     /// Whether the point can be read: its layer and all that it builds upon are there and fit
     /// together. Says nothing of their content.
     pub sound: bool,
@@ -79,7 +81,28 @@ pub struct Point {
     fatal: Option<usize>,
 }
 
+/// What a layer builds upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Link {
+    /// The point below; `None` where there is none.
+    pub(super) parent: Option<PointName>,
+    /// The point, gone by now, whose layer lies between.
+    pub(super) base: Option<PointName>,
+}
+
+impl Link {
+    /// What a manifest says.
+    pub(super) fn of(manifest: &Manifest) -> Self {
+        Self { parent: manifest.parent, base: manifest.base }
+    }
+}
+
 impl Point {
+    /// The point whose layer this one's is directly put upon: that of the base, or else the parent.
+    pub(crate) fn below(&self) -> Option<PointName> {
+        self.base.or(self.parent)
+    }
+
     /// The image's size in bytes: exact where there is a manifest, else the layer's, which is
     /// rounded up to 512.
     #[must_use]
@@ -110,6 +133,8 @@ pub struct Catalogue {
     image: ImageName,
     /// By name, so by time.
     points: Vec<Point>,
+    /// Layers that others build upon, of points that are gone.
+    bases: Vec<Point>,
     problems: Vec<Problem>,
     /// Files that a killed run left behind.
     leftovers: Vec<PathBuf>,
@@ -136,6 +161,7 @@ impl Catalogue {
             directory: directory.to_owned(),
             image: image.clone(),
             points: Vec::new(),
+            bases: Vec::new(),
             problems: std::mem::take(&mut files.problems),
             leftovers: Vec::new(),
             unsettled: Vec::new(),
@@ -203,11 +229,12 @@ impl Catalogue {
         unread.max(self.newest_unseen)
     }
 
-    /// Whether a run that was cut short has left work for the next one that writes: merges to complete or
-    /// to undo, or points to forget.
+    /// Whether a run that was cut short has left work: merges to complete or to undo, or points to forget,
+    /// for the next one that writes; or layers to put into the bases that they build upon, for the next one
+    /// that prunes.
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
-        self.forgetting || !self.unsettled.is_empty()
+        self.forgetting || !self.unsettled.is_empty() || self.points.iter().any(|point| point.base.is_some())
     }
 
     /// The note of a run that was killed before the first point of its chain was committed, as it
@@ -250,22 +277,26 @@ impl Catalogue {
     }
 
     /// The point of the given name and everything that it builds upon: itself first, the full backup
-    /// last.
+    /// last. Where a point has a base, that comes next, as a point.
     ///
     /// # Errors
     /// The first problem on the way that keeps the point from being read. [`Problem::NoSuchPoint`]
     /// when there is no such point.
     pub fn ancestry(&self, name: PointName) -> Result<Vec<&Point>, Problem> {
         let mut found = Vec::new();
-        let mut next = Some(name);
-        // Ends: a parent that is not older than its child is a fatal problem of the child.
-        while let Some(name) = next {
-            let point = self.point(name).ok_or_else(|| self.no_such_point(name))?;
+        let mut next = Some(self.point(name).ok_or_else(|| self.no_such_point(name))?);
+        // Ends: what is not older than what builds upon it is a fatal problem of the latter.
+        while let Some(point) = next {
             if let Some(fatal) = point.fatal {
                 return Err(self.problems[fatal].clone());
             }
             found.push(point);
-            next = point.parent;
+            let missing = |name| move || self.no_such_point(name);
+            next = match (point.base, point.parent) {
+                (Some(base), _) => Some(self.base(base).ok_or_else(missing(base))?),
+                (None, Some(parent)) => Some(self.point(parent).ok_or_else(missing(parent))?),
+                (None, None) => None,
+            };
         }
         Ok(found)
     }
@@ -289,6 +320,21 @@ impl Catalogue {
 
     pub(super) fn no_such_point(&self, point: PointName) -> Problem {
         Problem::NoSuchPoint { path: self.path_of(point, FileKind::Layer), point }
+    }
+
+    /// The point of the given name, or else the base: the layer that a point of that name has left.
+    pub(crate) fn layer(&self, name: PointName) -> Option<&Point> {
+        self.point(name).or_else(|| self.base(name))
+    }
+
+    /// The base of the given name: the layer that a point has left.
+    pub(crate) fn base(&self, name: PointName) -> Option<&Point> {
+        self.bases.iter().find(|base| base.name == name)
+    }
+
+    /// All bases.
+    pub(crate) fn bases(&self) -> &[Point] {
+        &self.bases
     }
 
     fn index(&self, name: PointName) -> Option<usize> {
@@ -317,6 +363,7 @@ impl Catalogue {
         };
         let header = examined.header();
         let link = header.as_ref().and_then(|header| self.link(name, header, &mut examined));
+        let base = link.and_then(|link| Some(self.read_base(link.base?, link.parent)));
         let merged = self.merged_manifest(name, files, link);
         let is_merged = merged.is_some();
         let digests = match is_merged && files.merged_digests {
@@ -331,14 +378,20 @@ impl Catalogue {
             examined.compare(manifest, header.as_ref(), link, file_bytes);
         }
         let linked = link;
-        let link = link.or(manifest.as_ref().map(|manifest| manifest.parent));
+        let link = link.or(manifest.as_ref().map(Link::of));
+        let layer_bytes = layer_bytes.saturating_add(base.as_ref().map_or(0, |base| base.layer_bytes));
+        self.bases.extend(base);
         let fatal = examined.fatal.map(|index| self.problems.len() + index);
         self.problems.append(&mut examined.problems);
         Point {
             name,
             path,
-            kind: link.map(|parent| if parent.is_some() { PointKind::Incremental } else { PointKind::Full }),
-            parent: link.flatten(),
+            kind: link.map(|link| match link.parent {
+                Some(_) => PointKind::Incremental,
+                None => PointKind::Full,
+            }),
+            parent: link.and_then(|link| link.parent),
+            base: link.and_then(|link| link.base),
             header,
             manifest,
             layer_bytes,
@@ -350,20 +403,41 @@ impl Catalogue {
         }
     }
 
-    /// The manifest that a merge has put beside the other, if the layer is that of the merge: it has
-    /// another parent than before.
-    fn merged_manifest(
-        &self,
-        name: PointName,
-        files: &OfPoint,
-        link: Option<Option<PointName>>,
-    ) -> Option<Manifest> {
+    /// The layer that a point of this name has left, as a point. Its header was read before.
+    fn read_base(&self, name: PointName, parent: Option<PointName>) -> Point {
+        let path = self.base_path(name, FileKind::Layer);
+        let metadata = fs::symlink_metadata(&path).ok();
+        Point {
+            name,
+            kind: None,
+            parent,
+            base: None,
+            header: Header::read(&path).ok(),
+            manifest: None,
+            layer_bytes: metadata.as_ref().map_or(0, |metadata| metadata.blocks().saturating_mul(512)),
+            file_bytes: metadata.map_or(0, |metadata| metadata.len()),
+            digests: self.base_path(name, FileKind::Digests),
+            linked: Some(Link { parent, base: None }),
+            sound: false,
+            fatal: None,
+            path,
+        }
+    }
+
+    /// Where a file of a point is while its layer outlives it.
+    pub(crate) fn base_path(&self, point: PointName, kind: FileKind) -> PathBuf {
+        self.directory.join(self.file_of(point, kind).base_name())
+    }
+
+    /// The manifest that a merge has put beside the other, if the layer is that of the merge: it builds
+    /// upon something else than before.
+    fn merged_manifest(&self, name: PointName, files: &OfPoint, link: Option<Link>) -> Option<Manifest> {
         if !files.merged_manifest {
             return None;
         }
         let path = self.directory.join(self.file_of(name, FileKind::Manifest).merged_name());
         let manifest = Manifest::read(&path, &self.image, name).ok()?;
-        (link == Some(manifest.parent)).then_some(manifest)
+        (link == Some(Link::of(&manifest))).then_some(manifest)
     }
 
     fn read_manifest(&self, name: PointName, examined: &mut Examined) -> Option<Manifest> {
@@ -398,12 +472,12 @@ impl Catalogue {
         }
     }
 
-    /// The parent by the header: `Some(None)` for a layer that stands alone.
-    fn link(&self, name: PointName, header: &Header, examined: &mut Examined) -> Option<Option<PointName>> {
+    /// What the layer builds upon by its header.
+    fn link(&self, name: PointName, header: &Header, examined: &mut Examined) -> Option<Link> {
         let path = examined.path.clone();
         let backing = match header.chain_backing() {
             Ok(Some(backing)) => backing.to_owned(),
-            Ok(None) => return Some(None),
+            Ok(None) => return Some(Link { parent: None, base: None }),
             Err(cause) => {
                 examined.fatal(Problem::Header { path, cause: cause.into() });
                 return None;
@@ -411,22 +485,53 @@ impl Catalogue {
         };
         if backing == PYTHON_ROOT && name.is_python() {
             self.check_python_root(examined);
-            return Some(None);
+            return Some(Link { parent: None, base: None });
         }
-        match PointFile::parse(&backing) {
-            Some(PointFile { image, point: parent, kind: FileKind::Layer })
-                if image == self.image && parent < name =>
+        let below = |file: Option<PointFile>| match file {
+            Some(PointFile { image, point, kind: FileKind::Layer })
+                if image == self.image && point < name =>
             {
-                if !self.directory.join(&backing).exists() {
-                    examined.fatal(Problem::ParentMissing { path, parent });
-                }
-                Some(Some(parent))
+                Some(point)
             }
-            _ => {
-                examined.fatal(Problem::ForeignBacking { path, backing });
-                None
-            }
+            _ => None,
+        };
+        if let Some(base) = below(PointFile::parse_base(&backing)) {
+            return self.link_through(base, examined);
         }
+        let Some(parent) = below(PointFile::parse(&backing)) else {
+            examined.fatal(Problem::ForeignBacking { path, backing });
+            return None;
+        };
+        if !self.directory.join(&backing).exists() {
+            examined.fatal(Problem::ParentMissing { path, parent });
+        }
+        Some(Link { parent: Some(parent), base: None })
+    }
+
+    /// What a layer builds upon that builds upon the base of the given name.
+    fn link_through(&self, base: PointName, examined: &mut Examined) -> Option<Link> {
+        let path = self.base_path(base, FileKind::Layer);
+        let header =
+            match Header::read(&path).and_then(|header| header.check_restore_point().map(|()| header)) {
+                Ok(header) => header,
+                Err(cause) => {
+                    examined.fatal(Problem::Header { path, cause: cause.into() });
+                    return None;
+                }
+            };
+        let mut of_base = Examined { path, problems: Vec::new(), fatal: None };
+        let link = self.link(base, &header, &mut of_base);
+        if let Some(fatal) = of_base.fatal {
+            examined.fatal(of_base.problems.swap_remove(fatal));
+        }
+        let link = link?;
+        if link.base.is_some() {
+            // No merge makes such a thing.
+            let (path, backing) = (examined.path.clone(), self.file_of(base, FileKind::Layer).base_name());
+            examined.fatal(Problem::ForeignBacking { path, backing });
+            return None;
+        }
+        Some(Link { parent: link.parent, base: Some(base) })
     }
 
     /// A layer upon `empty.qcow2` is a full backup as long as that really is an empty image.
@@ -457,6 +562,17 @@ impl Catalogue {
     fn find_leftovers(&mut self, files: &Files) {
         let needed: BTreeSet<PointName> = self.points.iter().filter_map(|point| point.parent).collect();
         self.leftovers = files.partial.clone();
+        let mut unused = Vec::new();
+        // A layer of which nobody can tell what it builds upon may need any base.
+        if self.newest_unlinked().is_none() {
+            for (&name, of_point) in files.by_point.iter().filter(|(name, _)| self.base(**name).is_none()) {
+                let kinds =
+                    [(FileKind::Layer, of_point.base_layer), (FileKind::Digests, of_point.base_digests)];
+                let there = kinds.into_iter().filter(|(_, there)| *there);
+                unused.extend(there.map(|(kind, _)| self.base_path(name, kind)));
+            }
+        }
+        self.leftovers.append(&mut unused);
         for (&name, of_point) in &files.by_point {
             // Where a child still asks for the layer it was lost, not left over: what is known of
             // it may be needed to mend the chain.
@@ -505,13 +621,7 @@ impl Examined {
     }
 
     /// Reports what manifest and layer do not agree about.
-    fn compare(
-        &mut self,
-        manifest: &Manifest,
-        header: Option<&Header>,
-        link: Option<Option<PointName>>,
-        file_bytes: u64,
-    ) {
+    fn compare(&mut self, manifest: &Manifest, header: Option<&Header>, link: Option<Link>, file_bytes: u64) {
         let mut disagree = |what, layer: String, manifest: String| {
             if layer != manifest {
                 let path = self.path.clone();
@@ -519,8 +629,9 @@ impl Examined {
             }
         };
         let name = |parent: Option<PointName>| parent.map_or("none".to_owned(), |parent| parent.to_string());
-        if let Some(parent) = link {
-            disagree("parent", name(parent), name(manifest.parent));
+        if let Some(link) = link {
+            disagree("parent", name(link.parent), name(manifest.parent));
+            disagree("base", name(link.base), name(manifest.base));
         }
         if let Some(header) = header {
             let record = &manifest.record;

@@ -28,6 +28,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::durable;
 use super::error::ChainError;
 
+pub(crate) mod combine;
 mod reader;
 
 pub use reader::DigestReader;
@@ -285,6 +286,14 @@ impl DigestWriter {
         state.open += 1;
         drop(state);
         SegmentDigests(Arc::new(Segment { number, records: Mutex::default(), shared: Arc::clone(&self.0) }))
+    }
+
+    /// Adds a record behind all others, without a segment; `false` where that, or anything before, has
+    /// failed, which [`finish`](Self::finish) tells.
+    pub(crate) fn push(&self, record: DigestRecord) -> bool {
+        let mut state = self.0.lock();
+        state.keep_failure(|state| state.append(record));
+        state.failure.is_none()
     }
 
     /// Writes the footer, makes the file read-only and brings it to stable storage. All handles must

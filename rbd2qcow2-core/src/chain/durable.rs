@@ -22,6 +22,10 @@ use rustix::io::Errno;
 
 use super::error::ChainError;
 
+mod in_place;
+
+pub(crate) use in_place::InPlace;
+
 /// Creates a file that nobody but its owner can read, for writing. It must not exist.
 ///
 /// # Errors
@@ -110,6 +114,17 @@ pub fn rename_new(from: &Path, to: &Path) -> Result<(), ChainError> {
 pub fn replace(from: &Path, to: &Path) -> Result<(), ChainError> {
     fault::step("replace", to).map_err(ChainError::io("replace", to))?;
     fs::rename(from, to).map_err(ChainError::io("replace", to))
+}
+
+/// Gives a file a second name. That must be free.
+///
+/// Durable only after [`sync_directory`].
+///
+/// # Errors
+/// [`ChainError::Io`]; also on a file system without hard links.
+pub fn link(from: &Path, to: &Path) -> Result<(), ChainError> {
+    fault::step("link", to).map_err(ChainError::io("give a second name to the file as", to))?;
+    fs::hard_link(from, to).map_err(ChainError::io("give a second name to the file as", to))
 }
 
 /// Brings the names in a directory to stable storage. Blocks until the disk has them.

@@ -115,7 +115,10 @@ impl ChainWriter {
         for kind in [FileKind::Manifest, FileKind::Digests] {
             durable::remove(&self.catalogue.path_of(name, kind))?;
         }
-        Ok(())
+        match self.catalogue.point(name).and_then(|point| point.base) {
+            Some(base) => self.drop_base(base),
+            None => Ok(()),
+        }
     }
 
     /// Goes on where an interrupted run has left off. What cannot be removed hinders nobody.

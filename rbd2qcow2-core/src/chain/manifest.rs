@@ -197,6 +197,9 @@ pub struct Manifest {
     pub point: PointName,
     /// The point that the layer builds upon; `None` for a full backup.
     pub parent: Option<PointName>,
+    /// The point, gone by now, whose layer lies between this one's and the parent's, under its
+    /// [base name](super::names::PointFile::base_name); `None` where there is none.
+    pub base: Option<PointName>,
     /// What the run knew.
     pub record: Record,
     /// Length of the layer's file at the commit, in bytes. A shorter file is cut off.
@@ -218,6 +221,8 @@ struct RawManifest {
     image: String,
     point: String,
     parent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<String>,
     created: String,
     fsid: String,
     pool: String,
@@ -320,6 +325,7 @@ impl Manifest {
             image: self.image.as_str().to_owned(),
             point: self.point.to_string(),
             parent: self.parent.map(|parent| parent.to_string()),
+            base: self.base.map(|base| base.to_string()),
             created: record.created.to_string(),
             fsid: record.fsid,
             pool: record.pool,
@@ -359,8 +365,16 @@ impl Manifest {
         let chain = ChainId::parse(&raw.chain).map_err(|_| wrong("chain", &raw.chain, "8 hex digits"))?;
         let point = parse_point("point", &raw.point)?;
         let parent = raw.parent.as_deref().map(|parent| parse_point("parent", parent)).transpose()?;
+        let base = raw.base.as_deref().map(|base| parse_point("base", base)).transpose()?;
         if parent.is_some_and(|parent| parent >= point) {
             return Err(wrong("parent", parent.unwrap_or(point), "older than the point"));
+        }
+        if base.is_some_and(|base| base >= point || parent.is_some_and(|parent| parent >= base)) {
+            return Err(wrong(
+                "base",
+                base.unwrap_or(point),
+                "older than the point, and newer than its parent",
+            ));
         }
         // Only snapshots of this form are ever deleted, and only by those whose id they carry.
         if let Ok(name) = SnapshotName::parse(&raw.snapshot)
@@ -401,7 +415,18 @@ impl Manifest {
         let digests = DigestsInfo { bytes: raw.digests.bytes, blake3 };
         let (file_bytes, layer_bytes) = (raw.file_bytes, raw.layer_bytes);
         let hold = raw.hold.map(Hold::try_from).transpose()?;
-        Ok(Self { tool: raw.tool, image, point, parent, record, file_bytes, layer_bytes, digests, hold })
+        Ok(Self {
+            tool: raw.tool,
+            image,
+            point,
+            parent,
+            base,
+            record,
+            file_bytes,
+            layer_bytes,
+            digests,
+            hold,
+        })
     }
 }
 

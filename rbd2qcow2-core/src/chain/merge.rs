@@ -9,7 +9,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::digests::{DigestWriter, DigestsError};
+use super::catalogue::{Link, Point};
+use super::digests::{DigestWriter, DigestsError, DigestsInfo};
 use super::error::ChainError;
 use super::manifest::{Manifest, ManifestError, Record};
 use super::names::{FileKind, PointFile, PointName};
@@ -17,22 +18,42 @@ use super::planned::Planned;
 use super::{ChainWriter, Paths, durable};
 use crate::error::Causes;
 
-/// A layer that is being written to replace a point's. Dropping it removes whatever was written;
+/// A layer that is being written to replace a point's. Dropping it removes whatever was written aside;
 /// [`commit`](Self::commit) puts it into the old one's place.
 #[derive(Debug)]
 #[must_use]
 pub struct PendingMerge<'w> {
-    writer: &'w ChainWriter,
-    child: PointName,
-    parent: Option<PointName>,
-    cluster_size: u32,
-    paths: Paths,
+    pub(super) writer: &'w ChainWriter,
+    pub(super) child: PointName,
+    pub(super) below: Link,
+    pub(super) cluster_size: u32,
+    pub(super) paths: Paths,
+    /// The file that is to become the point's layer.
+    pub(super) layer: PathBuf,
     /// What the point's manifest says so far; `None` for a point of the Python tool.
-    manifest: Option<Manifest>,
+    pub(super) manifest: Option<Manifest>,
     /// `None` for a point without a manifest, and within [`commit`](Self::commit).
-    digests: Option<DigestWriter>,
+    pub(super) digests: Option<Digests>,
     /// The files that exist, or may, and go with this unless it is committed.
-    files: Vec<PathBuf>,
+    pub(super) files: Vec<PathBuf>,
+}
+
+/// The digests of a layer that is to replace another.
+#[derive(Debug)]
+pub(super) enum Digests {
+    /// They are being written.
+    New(DigestWriter),
+    /// They are those of a base, and stay where they are until the layer is in place.
+    OfBase(PathBuf, DigestsInfo),
+}
+
+/// What a merged layer builds upon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Onto {
+    /// A point that stays, or nothing.
+    Point(Option<PointName>),
+    /// The layer that a point leaves behind: see [`ChainWriter::keep_base`].
+    Base(PointName),
 }
 
 /// What a layer that replaces another is.
@@ -47,56 +68,64 @@ pub struct MergedLayer {
 }
 
 impl ChainWriter {
-    /// Begins a layer that is to replace the one of `child` and to build upon `parent`, one of the
+    /// Begins a layer that is to replace the one of `child` and to build upon `onto`, one of the
     /// points below, or upon nothing. `cluster_size` is the new layer's, in bytes. Nothing is visible to
     /// readers until [`PendingMerge::commit`].
     ///
     /// # Errors
-    /// [`ChainError::ParentUnsound`] where `child` cannot be read, or `parent` is not below it;
-    /// [`ChainError::NothingToMerge`] where it builds upon `parent` already;
+    /// [`ChainError::ParentUnsound`] where `child` cannot be read, or `onto` is not below it;
+    /// [`ChainError::NothingToMerge`] where it builds upon that already;
     /// [`ChainError::ManifestUnusable`]; [`ChainError::Io`], [`ChainError::Digests`].
     pub fn begin_merge(
         &self,
         child: PointName,
-        parent: Option<PointName>,
+        onto: Onto,
         cluster_size: u32,
     ) -> Result<PendingMerge<'_>, ChainError> {
-        let unsound = |point, cause: super::Problem| ChainError::ParentUnsound {
-            path: self.directory.clone(),
-            point,
-            cause: cause.into(),
+        let points = self.catalogue.ancestry(child).map_err(|cause| self.unsound(child, cause))?;
+        let find = |name| {
+            let found = points[1..].iter().find(|point| point.name == name);
+            found.ok_or_else(|| self.unsound(name, self.catalogue.no_such_point(name)))
         };
-        let below = self.catalogue.ancestry(child).map_err(|cause| unsound(child, cause))?;
-        if let Some(parent) = parent
-            && !below[1..].iter().any(|point| point.name == parent)
-        {
-            return Err(unsound(parent, self.catalogue.no_such_point(parent)));
-        }
-        // By its parent the new layer is told from the old one.
-        if below.get(1).map(|point| point.name) == parent {
+        let below = match onto {
+            Onto::Point(parent) => {
+                parent.map(find).transpose()?;
+                Link { parent, base: None }
+            }
+            Onto::Base(base) => Link { parent: find(base)?.parent, base: Some(base) },
+        };
+        // By what it builds upon the new layer is told from the old one.
+        if (Link { parent: points[0].parent, base: points[0].base }) == below {
             return Err(ChainError::NothingToMerge { path: self.directory.clone(), point: child });
         }
         let paths = Paths::new(self, child);
-        let mut files = vec![paths.layer_partial.clone()];
-        let manifest = match &below[0].manifest {
-            Some(manifest) => Some(manifest.clone()),
-            None => match Manifest::read(&paths.manifest, &self.image, child) {
-                Err(ManifestError::Missing) if child.is_python() => None,
-                Err(cause) => {
-                    let path = paths.manifest.clone();
-                    return Err(ChainError::ManifestUnusable { path, cause });
-                }
-                Ok(manifest) => Some(manifest),
-            },
-        };
+        let (layer, mut files) = (paths.layer_partial.clone(), vec![paths.layer_partial.clone()]);
+        let manifest = self.manifest_to_replace(points[0])?;
         let digests = match &manifest {
             None => None,
             Some(_) => {
                 files.push(paths.digests_partial.clone());
-                Some(DigestWriter::create(&paths.digests_partial, cluster_size)?)
+                Some(Digests::New(DigestWriter::create(&paths.digests_partial, cluster_size)?))
             }
         };
-        Ok(PendingMerge { writer: self, child, parent, cluster_size, paths, manifest, digests, files })
+        Ok(PendingMerge { writer: self, child, below, cluster_size, paths, layer, manifest, digests, files })
+    }
+
+    fn unsound(&self, point: PointName, cause: super::Problem) -> ChainError {
+        ChainError::ParentUnsound { path: self.directory.clone(), point, cause: cause.into() }
+    }
+
+    /// The manifest of a point whose layer is to be replaced; `None` for a point that never had one.
+    pub(super) fn manifest_to_replace(&self, point: &Point) -> Result<Option<Manifest>, ChainError> {
+        if let Some(manifest) = &point.manifest {
+            return Ok(Some(manifest.clone()));
+        }
+        let path = self.file(point.name, FileKind::Manifest);
+        match Manifest::read(&path, &self.image, point.name) {
+            Err(ManifestError::Missing) if point.name.is_python() => Ok(None),
+            Err(cause) => Err(ChainError::ManifestUnusable { path, cause }),
+            Ok(manifest) => Ok(Some(manifest)),
+        }
     }
 
     /// Completes merges that were committed when their run was cut short, and removes what is left of
@@ -151,11 +180,11 @@ impl ChainWriter {
             }
             new => new,
         };
-        let Some(parent) = self.catalogue.point(name).and_then(|point| point.linked) else {
+        let Some(link) = self.catalogue.point(name).and_then(|point| point.linked) else {
             return unclear(&waiting, "the layer's header cannot be read, or names a foreign file");
         };
         let names =
-            |manifest: &Result<Manifest, _>| manifest.as_ref().is_ok_and(|found| found.parent == parent);
+            |manifest: &Result<Manifest, _>| manifest.as_ref().is_ok_and(|found| Link::of(found) == link);
         match (names(&old), names(&new)) {
             (false, true) => Ok(true),
             (true, false) => Ok(false),
@@ -182,7 +211,7 @@ impl ChainWriter {
         place(FileKind::Manifest)
     }
 
-    fn file(&self, point: PointName, kind: FileKind) -> PathBuf {
+    pub(super) fn file(&self, point: PointName, kind: FileKind) -> PathBuf {
         self.directory.join(PointFile { image: self.image.clone(), point, kind }.file_name())
     }
 
@@ -198,24 +227,28 @@ impl PendingMerge<'_> {
         self.manifest.as_ref()
     }
 
-    /// Where the layer is to be written. Nothing is there yet.
+    /// Where the layer is written.
     #[must_use]
     pub fn layer_path(&self) -> &Path {
-        &self.paths.layer_partial
+        &self.layer
     }
 
     /// The backing file to name in the layer's header; `None` where the point becomes a full one.
     #[must_use]
     pub fn backing_name(&self) -> Option<String> {
-        let image = self.writer.image.clone();
-        self.parent.map(|point| PointFile { image, point, kind: FileKind::Layer }.file_name())
+        let file = |point| PointFile { image: self.writer.image.clone(), point, kind: FileKind::Layer };
+        let base = self.below.base.map(|base| file(base).base_name());
+        base.or_else(|| self.below.parent.map(|parent| file(parent).file_name()))
     }
 
     /// Takes the digests of what the layer provides; `None` for a point without a manifest, which has
     /// none.
     #[must_use]
     pub fn digests(&self) -> Option<&DigestWriter> {
-        self.digests.as_ref()
+        match &self.digests {
+            Some(Digests::New(digests)) => Some(digests),
+            Some(Digests::OfBase(..)) | None => None,
+        }
     }
 
     /// Puts the layer into the old one's place. Its writer must have finished.
@@ -231,44 +264,50 @@ impl PendingMerge<'_> {
     /// Where the point has a manifest, and `layer` has nothing for it.
     pub fn commit(mut self, layer: MergedLayer) -> Result<(), ChainError> {
         let planned = Planned {
-            path: &self.paths.layer_partial,
+            path: &self.layer,
             backing: self.backing_name(),
             virtual_size: layer.virtual_size,
             cluster_size: self.cluster_size,
         };
         let (file_bytes, layer_bytes) = planned.seal(Some(layer.extended_l2))?;
-        durable::take_after(&self.paths.layer_partial, &self.paths.layer)?;
-        let digests = self.digests.take();
+        durable::take_after(&self.layer, &self.paths.layer)?;
+        let digests = match self.digests.take() {
+            None => None,
+            Some(Digests::New(digests)) => Some((self.paths.digests_partial.clone(), digests.finish()?)),
+            Some(Digests::OfBase(path, info)) => Some((path, info)),
+        };
         let with_manifest = digests.is_some();
-        if let Some(digests) = digests {
+        if let Some((path, digests)) = digests {
             let manifest = Manifest {
                 tool: Manifest::this_tool(),
                 image: self.writer.image.clone(),
                 point: self.child,
-                parent: self.parent,
+                parent: self.below.parent,
+                base: self.below.base,
                 record: layer.record.expect("the point has a manifest"),
                 file_bytes,
                 layer_bytes,
-                digests: digests.finish()?,
+                digests,
                 // Whoever holds the point goes on holding it.
                 hold: self.manifest.as_ref().and_then(|manifest| manifest.hold.clone()),
             };
-            self.put_beside(&manifest)?;
+            self.put_beside(&manifest, &path)?;
         }
-        let layer = &self.paths.layer;
         // Whether a rename that failed has come about, after all, only the next run can tell. It needs
         // what waits beside.
-        self.files.retain(|path| *path == self.paths.layer_partial);
-        durable::replace(&self.paths.layer_partial, layer)?;
+        self.files.retain(|path| *path == self.layer);
+        durable::replace(&self.layer, &self.paths.layer)?;
         // From here on it is not ours to remove.
         self.files.clear();
-        durable::sync_directory(&self.writer.directory)
-            .map_err(|cause| ChainError::CommitUncertain { path: layer.clone(), cause: cause.into() })?;
+        durable::sync_directory(&self.writer.directory).map_err(|cause| ChainError::CommitUncertain {
+            path: self.paths.layer.clone(),
+            cause: cause.into(),
+        })?;
         if with_manifest { self.writer.settle(self.child) } else { Ok(()) }
     }
 
     /// Puts manifest and digests beside those that they are to replace.
-    fn put_beside(&mut self, manifest: &Manifest) -> Result<(), ChainError> {
+    fn put_beside(&mut self, manifest: &Manifest, digests: &Path) -> Result<(), ChainError> {
         let bytes = manifest.to_bytes();
         let bytes =
             bytes.map_err(|cause| ChainError::Manifest { path: self.paths.manifest.clone(), cause })?;
@@ -276,9 +315,13 @@ impl PendingMerge<'_> {
         self.files.push(self.paths.manifest_partial.clone());
         durable::take_after(&self.paths.manifest_partial, &self.paths.manifest)?;
         let beside = |kind| self.writer.merged(self.child, kind);
-        let (digests, manifest) = (beside(FileKind::Digests), beside(FileKind::Manifest));
-        self.files.push(digests.clone());
-        durable::replace(&self.paths.digests_partial, &digests)?;
+        let (waiting, manifest) = (beside(FileKind::Digests), beside(FileKind::Manifest));
+        self.files.push(waiting.clone());
+        if digests == self.paths.digests_partial {
+            durable::replace(digests, &waiting)?;
+        } else {
+            durable::link(digests, &waiting)?;
+        }
         self.files.push(manifest.clone());
         durable::replace(&self.paths.manifest_partial, &manifest)?;
         // A power failure must not keep the layer's name and lose the manifest's.

@@ -29,12 +29,33 @@ impl Fixture {
     }
 
     /// Forgets points, after those that stay have taken over what they held.
-    fn forget(&mut self, gone: &BTreeSet<PointName>) -> Result<(), MergeError> {
+    fn forget(&mut self, gone: &BTreeSet<PointName>, reuse: Reuse) -> Result<(), MergeError> {
         let mut writer = ChainWriter::open(self.dest.path(), &self.image)?;
         writer.note_forgetting(&gone.iter().copied().collect::<Vec<_>>())?;
-        merge_around(&mut writer, gone)?;
+        merge_around(&mut writer, gone, reuse)?;
         writer.forget()?;
-        Ok(())
+        complete(&mut writer)
+    }
+
+    /// Completes what a merge upon a base has left for later.
+    fn complete(&self) -> Result<(), MergeError> {
+        complete(&mut self.writer())
+    }
+
+    /// Verifies all points, as they lie there.
+    fn check_verified(&self, context: &str) {
+        let verify = VerifyImage {
+            dest: self.dest.path(),
+            image: &self.image,
+            points: &[],
+            options: &VerifyOptions::default(),
+            snapshots: None,
+            progress: &VerifyProgress::default(),
+            cancel: &Cancel::new(),
+        };
+        for report in verify.run().expect("verified") {
+            assert_eq!(report.status, VerifyStatus::Ok, "{context}: {report:?}");
+        }
     }
 
     /// Every point that there is reads as it was backed up, by our reader, and its layer is sound.
@@ -61,25 +82,59 @@ impl Fixture {
         let catalogue = Catalogue::read(&self.directory(), &self.image).expect("read");
         assert_eq!(catalogue.problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [""; 0]);
         assert!(catalogue.leftovers().is_empty(), "{:?}", catalogue.leftovers());
-        let verify = VerifyImage {
-            dest: self.dest.path(),
-            image: &self.image,
-            points: &[],
-            options: &VerifyOptions::default(),
-            snapshots: None,
-            progress: &VerifyProgress::default(),
-            cancel: &Cancel::new(),
-        };
-        for report in verify.run().expect("verified") {
-            assert_eq!(report.status, VerifyStatus::Ok, "{report:?}");
-        }
+        self.check_verified("in the end");
         let files = fs::read_dir(self.directory()).expect("listed").count();
         assert_eq!(files, 3 * there.len() + 1, "the lock and three files for each point");
     }
 }
 
+/// Whether a layer is reused wherever that is possible, however small it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reuse {
+    Always,
+    Never,
+}
+
+fn options(reuse: Reuse) -> MergeOptions {
+    let least_saving = if reuse == Reuse::Always { 0 } else { u64::MAX };
+    MergeOptions { parallel: 2, least_saving, ..MergeOptions::default() }
+}
+
+fn merge(
+    writer: &ChainWriter,
+    child: PointName,
+    parent: Option<PointName>,
+    reuse: Reuse,
+) -> Result<(), MergeError> {
+    let merge = Merge {
+        writer,
+        child,
+        parent,
+        options: &options(reuse),
+        compressors: &Compressors::default(),
+        progress: &Progress::default(),
+        cancel: &Cancel::new(),
+    };
+    merge.run()
+}
+
+fn complete(writer: &mut ChainWriter) -> Result<(), MergeError> {
+    let points = writer.catalogue().points().iter();
+    let waiting: Vec<_> =
+        points.filter(|point| point.base.is_some()).map(|point| (point.name, point.parent)).collect();
+    for (child, parent) in waiting {
+        merge(writer, child, parent, Reuse::Always)?;
+        writer.refresh()?;
+    }
+    Ok(())
+}
+
 /// Puts what goes into what stays.
-fn merge_around(writer: &mut ChainWriter, gone: &BTreeSet<PointName>) -> Result<(), MergeError> {
+fn merge_around(
+    writer: &mut ChainWriter,
+    gone: &BTreeSet<PointName>,
+    reuse: Reuse,
+) -> Result<(), MergeError> {
     let names: Vec<_> = writer.catalogue().points().iter().map(|point| point.name).collect();
     for name in names.into_iter().filter(|name| !gone.contains(name)) {
         let below = writer.catalogue().ancestry(name).expect("sound");
@@ -88,19 +143,14 @@ fn merge_around(writer: &mut ChainWriter, gone: &BTreeSet<PointName>) -> Result<
             continue;
         }
         let parent = below[1..].iter().map(|point| point.name).find(|name| !gone.contains(name));
-        let merge = Merge {
-            writer,
-            child: name,
-            parent,
-            options: &MergeOptions { parallel: 2, ..MergeOptions::default() },
-            compressors: &Compressors::default(),
-            progress: &Progress::default(),
-            cancel: &Cancel::new(),
-        };
-        merge.run()?;
+        merge(writer, name, parent, reuse)?;
         writer.refresh()?;
     }
     Ok(())
+}
+
+fn reuse() -> impl Strategy<Value = Reuse> {
+    prop_oneof![Just(Reuse::Always), Just(Reuse::Never)]
 }
 
 proptest! {
@@ -109,19 +159,19 @@ proptest! {
     #[test]
     fn what_stays_reads_the_same_whatever_goes(
         steps in prop::collection::vec((form(), image()), 2..7),
-        going in prop::collection::vec((any::<Index>(), 1_usize..4), 1..5),
+        going in prop::collection::vec((any::<Index>(), 1_usize..4, reuse()), 1..5),
         next in (form(), image())
     ) {
         let mut fixture = Fixture::new(&steps);
         let mut there = fixture.names();
-        for (number, (which, count)) in going.into_iter().enumerate() {
+        for (number, (which, count, reuse)) in going.into_iter().enumerate() {
             if there.len() < 2 {
                 break;
             }
             let start = which.index(there.len() - 1);
             let end = (start + count).min(there.len() - 1);
             let gone: BTreeSet<_> = there.drain(start..end).collect();
-            fixture.forget(&gone).unwrap();
+            fixture.forget(&gone, reuse).unwrap();
             fixture.check_all(&there);
             if number == 1 {
                 let old = fixture.points.last().unwrap().1.clone();
@@ -139,7 +189,7 @@ proptest! {
 fn several_gaps_at_once() {
     let mut fixture = Fixture::of_sizes(&[1 << 20, 900_000, 1 << 20, 500_000, 1 << 20, 1 << 20]);
     let names = fixture.names();
-    fixture.forget(&[names[0], names[2], names[3]].into()).expect("forgotten");
+    fixture.forget(&[names[0], names[2], names[3]].into(), Reuse::Never).expect("forgotten");
     fixture.check_all(&[names[1], names[4], names[5]]);
     let catalogue = Catalogue::read(&fixture.directory(), &fixture.image).expect("read");
     let parents: Vec<_> = catalogue.points().iter().map(|point| point.parent).collect();
@@ -148,35 +198,44 @@ fn several_gaps_at_once() {
 
 /// Killed before any step, or with any step failing: what stays reads the same, and the next run
 /// finishes or undoes it. A point that takes over may become a full one.
-fn crash_at_every_step(gone: &[usize]) {
-    let sizes = [300_000, 250_000, 300_000, 350_000];
-    let mut clean = Fixture::of_sizes(&sizes);
+fn crash_at_every_step(gone: &[usize], reuse: Reuse) {
+    let points = || match reuse {
+        Reuse::Always => Fixture::of_small_changes(4),
+        // Layers of other sizes are never reused.
+        Reuse::Never => Fixture::of_sizes(&[300_000, 250_000, 300_000, 350_000]),
+    };
+    let mut clean = points();
     let names = clean.names();
     let (gone, stay): (Vec<_>, Vec<_>) = (0..names.len())
         .map(|index| names[index])
         .partition(|name| gone.iter().any(|at| names[*at] == *name));
     let gone: BTreeSet<_> = gone.into_iter().collect();
     fault::plan(None);
-    clean.forget(&gone).expect("forgotten");
+    clean.forget(&gone, reuse).expect("forgotten");
     let steps = fault::steps();
     assert!(steps.len() > 15, "{steps:?}");
+    let reused = steps.iter().any(|step| step.starts_with("write to"));
+    assert_eq!(reused, reuse == Reuse::Always, "{steps:?}");
     for kind in [Fault::Crash, Fault::Fail] {
         for (at, step) in steps.iter().enumerate() {
-            let mut fixture = Fixture::of_sizes(&sizes);
+            let mut fixture = points();
             fault::plan(Some((at, kind)));
-            let result = fixture.forget(&gone);
+            let result = fixture.forget(&gone, reuse);
             fault::steps();
             let context = format!("{kind:?} at step {at}, {step}: {result:?}");
             assert!(result.is_err() || kind == Fault::Fail, "{context}");
             // As it lies there, with nothing put in order.
             let there = fixture.check_content();
             assert!(stay.iter().all(|name| there.contains(name)), "{context}");
+            fixture.check_verified(&context);
             // Putting in order is the next writer's, who may die too.
             drop(fixture.writer());
+            fixture.check_content();
+            fixture.complete().expect("completed");
             let there = fixture.check_content();
             fixture.check_all(&there);
             fixture
-                .forget(&gone.iter().copied().filter(|name| there.contains(name)).collect())
+                .forget(&gone.iter().copied().filter(|name| there.contains(name)).collect(), reuse)
                 .expect("forgotten");
             fixture.check_all(&stay);
         }
@@ -185,14 +244,20 @@ fn crash_at_every_step(gone: &[usize]) {
 
 #[test]
 fn crashes_at_every_step_harm_nothing_below_the_middle() {
-    crash_at_every_step(&[1, 2]);
-    crash_at_every_step(&[1]);
+    crash_at_every_step(&[1, 2], Reuse::Never);
+    crash_at_every_step(&[1], Reuse::Never);
 }
 
 #[test]
 fn crashes_at_every_step_harm_nothing_where_a_point_becomes_a_full_one() {
-    crash_at_every_step(&[0]);
-    crash_at_every_step(&[0, 1]);
+    crash_at_every_step(&[0], Reuse::Never);
+    crash_at_every_step(&[0, 1], Reuse::Never);
+}
+
+#[test]
+fn crashes_at_every_step_harm_nothing_where_a_layer_is_reused() {
+    crash_at_every_step(&[0], Reuse::Always);
+    crash_at_every_step(&[0, 1], Reuse::Always);
 }
 
 /// The run that puts things in order is cut short as well.
@@ -208,7 +273,7 @@ fn putting_in_order_cut_short(index: usize) {
     let gone = |fixture: &Fixture| BTreeSet::from([fixture.names()[index]]);
     let mut clean = Fixture::of_sizes(&sizes);
     fault::plan(None);
-    clean.forget(&gone(&clean)).expect("forgotten");
+    clean.forget(&gone(&clean), Reuse::Never).expect("forgotten");
     let steps = fault::steps();
     let commit = steps.iter().rposition(|step| step.starts_with("replace") && step.ends_with(".qcow2"));
     let commit = commit.expect("a commit");
@@ -219,7 +284,7 @@ fn putting_in_order_cut_short(index: usize) {
             let mut left = fixture.names();
             left.remove(index);
             fault::plan(Some((first, Fault::Crash)));
-            fixture.forget(&gone(&fixture)).expect_err("cut short");
+            fixture.forget(&gone(&fixture), Reuse::Never).expect_err("cut short");
             fault::plan(Some((second, Fault::Crash)));
             let opened = ChainWriter::open(fixture.dest.path(), &fixture.image).map(drop);
             fault::steps();
@@ -234,10 +299,13 @@ fn putting_in_order_cut_short(index: usize) {
 
 #[test]
 fn stock_qemu_reads_what_was_merged() {
-    for tools in qemus() {
+    for (tools, reuse) in qemus()
+        .into_iter()
+        .flat_map(|tools| [Reuse::Always, Reuse::Never].map(|reuse| (tools.clone(), reuse)))
+    {
         let mut fixture = Fixture::of_sizes(&[1 << 20, 300_000, 900_000, 1 << 20]);
         let names = fixture.names();
-        fixture.forget(&[names[1], names[2]].into()).expect("forgotten");
+        fixture.forget(&[names[1], names[2]].into(), reuse).expect("forgotten");
         for (name, content) in [&fixture.points[0], &fixture.points[3]] {
             let layer = format!("{}@{name}.qcow2", fixture.image.encoded());
             let mut wanted = content.clone();

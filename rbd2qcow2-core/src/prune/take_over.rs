@@ -3,7 +3,7 @@
 use super::error::PruneError;
 use super::plan::{Action, Plan};
 use crate::cancel::Cancel;
-use crate::chain::ChainWriter;
+use crate::chain::{ChainWriter, Point};
 use crate::error::Causes;
 use crate::layer::native::Compressors;
 use crate::merge::{Merge, MergeOptions};
@@ -31,6 +31,25 @@ pub(super) fn merge_and_forget(
         return Err(error);
     }
     writer.forget()?;
+    complete(writer, cancel)
+}
+
+/// Has layers that outlived their points take the place of those above them, as far as such are there: a
+/// merge may have come no further, in this run or in an earlier one.
+pub(super) fn complete(writer: &mut ChainWriter, cancel: &Cancel) -> Result<(), PruneError> {
+    let (options, compressors) = (MergeOptions::default(), Compressors::default());
+    let points = || writer.catalogue().points();
+    // Where the point is still there, it is not to go any more, and its layer stays as it is.
+    let gone = |point: &&Point| point.base.is_some_and(|base| writer.catalogue().point(base).is_none());
+    let waiting: Vec<_> = points().iter().filter(gone).map(|point| (point.name, point.parent)).collect();
+    for (child, parent) in waiting {
+        log::info!("{}: point {child} takes over the layer that it builds upon", writer.catalogue().image());
+        let progress = &Progress::default();
+        let merge =
+            Merge { writer, child, parent, options: &options, compressors: &compressors, progress, cancel };
+        merge.run()?;
+        writer.refresh()?;
+    }
     Ok(())
 }
 

@@ -18,7 +18,8 @@ pub(super) fn affected(
     for (from, ranges) in damage.into_iter().filter(|(_, ranges)| !ranges.is_empty()) {
         let mut shown = vec![(from, ranges)];
         while let Some((below, ranges)) = shown.pop() {
-            let children = catalogue.points().iter().filter(|child| child.parent == Some(below));
+            let layers = catalogue.points().iter().chain(catalogue.bases());
+            let children = layers.filter(|child| child.below() == Some(below));
             for child in children.filter(|child| points.contains(&child.name)) {
                 let ranges = seen_through(child, &ranges);
                 if ranges.is_empty() {

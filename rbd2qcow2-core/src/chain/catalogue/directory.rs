@@ -121,6 +121,10 @@ pub(super) struct OfPoint {
     pub(super) merged_manifest: bool,
     /// Digests that wait to replace the others.
     pub(super) merged_digests: bool,
+    /// The layer, under the name that it keeps while another's builds upon it.
+    pub(super) base_layer: bool,
+    /// Its digests.
+    pub(super) base_digests: bool,
 }
 
 /// The directory's entries by what they are.
@@ -146,6 +150,26 @@ impl Files {
         Ok(files)
     }
 
+    /// Takes a file that only merges make. Tells whether it is one.
+    fn take_of_merge(&mut self, name: &str, path: &Path, image: &ImageName) -> bool {
+        let is_file = || path.is_file() && !path.is_symlink();
+        let (merged, base) = (PointFile::parse_merged(name), PointFile::parse_base(name));
+        let is_base = base.is_some();
+        let Some(file) = merged.or(base).filter(|file| file.image == *image && is_file()) else {
+            return false;
+        };
+        let of_point = self.by_point.entry(file.point).or_default();
+        let known = match (is_base, file.kind) {
+            (false, FileKind::Manifest) => &mut of_point.merged_manifest,
+            (false, FileKind::Digests) => &mut of_point.merged_digests,
+            (true, FileKind::Layer) => &mut of_point.base_layer,
+            (true, FileKind::Digests) => &mut of_point.base_digests,
+            (false, FileKind::Layer) | (true, FileKind::Manifest) => return false,
+        };
+        *known = true;
+        true
+    }
+
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
         self.forgetting |= name == FORGET_FILE;
         if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, RETIRED_FILE, PYTHON_ROOT].contains(&name) {
@@ -161,17 +185,7 @@ impl Files {
             }
             return;
         }
-        if let Some(file) = PointFile::parse_merged(name)
-            && file.image == *image
-            && file.kind != FileKind::Layer
-            && path.is_file()
-            && !path.is_symlink()
-        {
-            let of_point = self.by_point.entry(file.point).or_default();
-            match file.kind {
-                FileKind::Manifest => of_point.merged_manifest = true,
-                FileKind::Digests | FileKind::Layer => of_point.merged_digests = true,
-            }
+        if self.take_of_merge(name, &path, image) {
             return;
         }
         let Some(file) = PointFile::parse(name).filter(|file| file.image == *image) else {

@@ -52,6 +52,7 @@ fn sample() -> Manifest {
         image: ImageName::new("vm/1").expect("a name"),
         point: name,
         parent: Some(point("20261122T173312Z")),
+        base: None,
         record: record(1_000_001, name),
         file_bytes: 393_216,
         layer_bytes: 200_704,

@@ -13,11 +13,11 @@ fn cut_short(at: impl Fn(&str) -> bool) -> Fixture {
     let mut clean = Fixture::of_sizes(&sizes);
     let gone = BTreeSet::from([clean.names()[1]]);
     fault::plan(None);
-    clean.forget(&gone).expect("forgotten");
+    clean.forget(&gone, Reuse::Never).expect("forgotten");
     let at = fault::steps().iter().rposition(|step| at(step)).expect("such a step");
     let mut fixture = Fixture::of_sizes(&sizes);
     fault::plan(Some((at, Fault::Crash)));
-    fixture.forget(&gone).expect_err("cut short");
+    fixture.forget(&gone, Reuse::Never).expect_err("cut short");
     fault::steps();
     fixture
 }
@@ -180,7 +180,7 @@ fn what_cannot_be_removed_stops_no_backup() {
     let gone = BTreeSet::from([names[1]]);
     let mut writer = fixture.writer();
     writer.note_forgetting(&[names[1]]).expect("noted");
-    merge_around(&mut writer, &gone).expect("merged");
+    merge_around(&mut writer, &gone, Reuse::Never).expect("merged");
     drop(writer);
     let layer = fixture.layer(1);
     let name = layer.file_name().expect("a name").to_string_lossy();
