@@ -164,6 +164,7 @@ impl LayerWriter for NativeLayer {
 
     fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
         self.try_write(&patch)
+            .inspect_err(|_| self.file.give_up())
             .map_err(|cause| LayerError::Write { path: self.file.path().to_owned(), cause: cause.into() })
     }
 

@@ -213,6 +213,12 @@ impl Qcow2Writer {
         self.aborted.set();
     }
 
+    /// Has [`finish`](Self::finish) fail: what was to be written could not be made. Other calls go on, so that
+    /// none of them tells of an abort before the error is told.
+    pub(crate) fn give_up(&self) {
+        self.failed.set();
+    }
+
     /// Whether [`abort`](Self::abort) was called, or the file is finished.
     #[must_use]
     pub fn is_aborted(&self) -> bool {
