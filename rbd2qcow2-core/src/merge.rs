@@ -27,6 +27,8 @@ use crate::source::RbdDiffSource;
 use crate::source::merged::MergedSource;
 use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
+mod packed;
+
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
 
@@ -193,7 +195,7 @@ impl Merge<'_> {
         let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
         let chain =
             ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
-        let spec = self.spec(&points, &chain);
+        let spec = self.spec(&points[..merged], &chain)?;
         // What the first layer of a Python chain builds upon is empty.
         let layers = if self.parent.is_none() { paths.len() } else { merged };
         let source = MergedSource::new(&chain, layers);
@@ -237,22 +239,18 @@ impl Merge<'_> {
         ChainError::ParentUnsound { path, point: self.child, cause: cause.into() }.into()
     }
 
-    /// The new layer has the form of the one that it replaces, and is packed if any of those that are
-    /// put into it was.
-    fn spec(&self, points: &[&Point], chain: &ChainReader) -> LayerSpec {
+    /// The new layer has the form of the one that it replaces, and is packed if any of `points`, which are
+    /// put into it, was: as the newest of those.
+    fn spec(&self, points: &[&Point], chain: &ChainReader) -> Result<LayerSpec, MergeError> {
         let header = chain.layers()[0].header();
-        let packed = points.iter().take_while(|point| Some(point.name) != self.parent).filter_map(|point| {
-            let recorded = point.manifest.as_ref()?.record.compression.parse().ok()?;
-            (recorded != Compression::None).then_some(recorded)
-        });
-        LayerSpec {
+        Ok(LayerSpec {
             path: PathBuf::new(),
             virtual_size: header.virtual_size,
             backing: None,
             cluster_size: u32::try_from(header.cluster_bits.size()).expect("at most 2 MiB"),
-            compression: packed.into_iter().next().unwrap_or_default(),
+            compression: self.compression(points, chain)?,
             extended_l2: if header.extended_l2 { ExtendedL2::Auto } else { ExtendedL2::Off },
-        }
+        })
     }
 
     /// Looks at what is to be copied, without reading any of it.
