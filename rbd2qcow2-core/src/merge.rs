@@ -8,9 +8,13 @@
 //!
 //! The new layer gets digests of its own, which say that its content is what was backed up. So all that
 //! goes into it is held against the old digests first.
+//!
+//! Where it is packed, clusters that lie packed in one of the old layers are copied as they are (`packed`).
+//! All others are packed as those of a backup, whether they were before or not.
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
@@ -28,6 +32,8 @@ use crate::source::merged::MergedSource;
 use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
 mod packed;
+
+use packed::MergedClusters;
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -195,6 +201,7 @@ impl Merge<'_> {
         let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
         let chain =
             ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
+        let chain = Arc::new(chain);
         let spec = self.spec(&points[..merged], &chain)?;
         // What the first layer of a Python chain builds upon is empty.
         let layers = if self.parent.is_none() { paths.len() } else { merged };
@@ -209,6 +216,7 @@ impl Merge<'_> {
             LayerSpec { path: pending.layer_path().to_owned(), backing: pending.backing_name(), ..spec };
         let failed = |cause| MergeError::Layer { point: self.child, cause };
         let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
+        let layer = layer.with_packed(Arc::new(MergedClusters { chain: chain.clone(), merged: layers }));
         self.copy(&source, &layer, pending.digests())?;
         let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
         drop(layer);

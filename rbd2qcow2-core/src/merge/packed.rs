@@ -1,14 +1,53 @@
 //! What lies packed in the layers that are put into one.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::{Merge, MergeError};
 use crate::chain::Point;
 use crate::layer::Compression;
-use crate::qcow2::chain::ChainReader;
+use crate::layer::native::{PackedCluster, PackedClusters};
+use crate::qcow2::chain::{ChainPiece, ChainReader};
+use crate::qcow2::error::ReadError;
 use crate::qcow2::header::CompressionType;
 use crate::qcow2::layer::{LayerReader, Piece};
 
 /// Bytes of the image whose tables are looked at between two looks at the cancel flag.
 const STEP: u64 = 1 << 30;
+
+/// The packed clusters of the newest layers of a chain. Holds none of them in memory.
+#[derive(Debug)]
+pub(super) struct MergedClusters {
+    pub(super) chain: Arc<ChainReader>,
+    /// How many layers are put into one. What those below hold is not copied on purpose.
+    pub(super) merged: usize,
+}
+
+impl PackedClusters for MergedClusters {
+    fn find(
+        &self,
+        range: Range<u64>,
+        cluster_size: u64,
+        kind: CompressionType,
+    ) -> Result<Option<PackedCluster>, ReadError> {
+        // All of it must be one layer's: what a newer one has changed of it, or an older, shorter one has
+        // cut off, is not in the packed data.
+        let owner = match self.chain.map(range.clone())?.next().transpose()? {
+            Some(ChainPiece { range: found, piece: Piece::Compressed, layer: Some(layer) })
+                if found == range && layer < self.merged =>
+            {
+                &self.chain.layers()[layer]
+            }
+            _ => return Ok(None),
+        };
+        let header = owner.header();
+        if header.cluster_bits.size() != cluster_size || header.compression_type != kind {
+            return Ok(None);
+        }
+        let bytes = owner.read_packed(range.start)?;
+        Ok(bytes.map(|bytes| PackedCluster { bytes, layer: owner.path().to_owned() }))
+    }
+}
 
 impl Merge<'_> {
     /// How the newest of these points that is packed is; they are the newest of the chain.

@@ -177,8 +177,8 @@ impl Qcow2Writer {
         })
     }
 
-    /// Writes the cluster number `cluster` as `packed`: what a [`Compressor`] made of all of it, of
-    /// this file's compression type.
+    /// Writes the cluster number `cluster` as `packed`: what a [`Compressor`] made of all of it, here or
+    /// for another file, of this file's compression type and no more than a cluster.
     ///
     /// # Errors
     /// As [`write_clusters`](Self::write_clusters).
