@@ -8,9 +8,13 @@
 //!
 //! The new layer gets digests of its own, which say that its content is what was backed up. So all that
 //! goes into it is held against the old digests first.
+//!
+//! Where it is packed, clusters that lie packed in one of the old layers are copied as they are (`packed`).
+//! All others are packed as those of a backup, whether they were before or not.
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
@@ -30,6 +34,9 @@ use crate::source::merged::MergedSource;
 use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
 mod absorbing;
+mod packed;
+
+use packed::MergedClusters;
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -236,9 +243,10 @@ impl Merge<'_> {
         let paths = self.writer.catalogue().layers(self.child).map_err(|problem| self.unsound(problem))?;
         let chain =
             ChainReader::open(&paths).map_err(|cause| MergeError::Read { point: self.child, cause })?;
+        let chain = Arc::new(chain);
         // What the first layer of a Python chain builds upon is empty.
         let layers = if self.parent.is_none() { paths.len() } else { merged };
-        let spec = self.spec(&points, &chain, 0);
+        let spec = self.spec(&points[..merged], &chain, 0)?;
         let survey = self.survey(&MergedSource::new(&chain, layers), &spec)?;
         let whole = Method { layers, points: merged, onto: Onto::Point(self.parent), spec, survey };
         if can_absorb && let Some(method) = self.onto_base(&points, &chain, &whole)? {
@@ -274,7 +282,7 @@ impl Merge<'_> {
         whole: &Method,
     ) -> Result<Option<Method>, MergeError> {
         let base = whole.points - 1;
-        let spec = self.spec(points, chain, base);
+        let spec = self.spec(&points[..whole.points], chain, base)?;
         let kind = match spec.compression {
             Compression::None => None,
             Compression::Zlib => Some(CompressionType::Zlib),
@@ -300,7 +308,7 @@ impl Merge<'_> {
     fn write_onto_base(
         &self,
         points: &[&Point],
-        chain: &ChainReader,
+        chain: &Arc<ChainReader>,
         method: &Method,
     ) -> Result<(), MergeError> {
         let Onto::Base(base) = method.onto else { unreachable!("it is made so") };
@@ -309,7 +317,7 @@ impl Merge<'_> {
         self.write(points, chain, method)
     }
 
-    fn write(&self, points: &[&Point], chain: &ChainReader, method: &Method) -> Result<(), MergeError> {
+    fn write(&self, points: &[&Point], chain: &Arc<ChainReader>, method: &Method) -> Result<(), MergeError> {
         let source = MergedSource::new(chain, method.layers);
         let spec = &method.spec;
         let times = if matches!(method.onto, Onto::Base(_)) { 2 } else { 1 };
@@ -325,6 +333,8 @@ impl Merge<'_> {
         };
         let failed = |cause| MergeError::Layer { point: self.child, cause };
         let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
+        let packed = MergedClusters { chain: chain.clone(), merged: method.layers };
+        let layer = layer.with_packed(Arc::new(packed));
         self.copy(&source, &layer, method.onto == Onto::Point(None), pending.digests())?;
         let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
         drop(layer);
@@ -358,21 +368,17 @@ impl Merge<'_> {
     }
 
     /// The new layer has the form of one of those that it replaces, number `like`, and is packed if any of
-    /// those that are put into it was.
-    fn spec(&self, points: &[&Point], chain: &ChainReader, like: usize) -> LayerSpec {
+    /// `points`, which are put into it, was: as the newest of those.
+    fn spec(&self, points: &[&Point], chain: &ChainReader, like: usize) -> Result<LayerSpec, MergeError> {
         let header = chain.layers()[like].header();
-        let packed = points.iter().take_while(|point| Some(point.name) != self.parent).filter_map(|point| {
-            let recorded = point.manifest.as_ref()?.record.compression.parse().ok()?;
-            (recorded != Compression::None).then_some(recorded)
-        });
-        LayerSpec {
+        Ok(LayerSpec {
             path: PathBuf::new(),
             virtual_size: chain.virtual_size(),
             backing: None,
             cluster_size: u32::try_from(header.cluster_bits.size()).expect("at most 2 MiB"),
-            compression: packed.into_iter().next().unwrap_or_default(),
+            compression: self.compression(points, chain)?,
             extended_l2: if header.extended_l2 { ExtendedL2::Auto } else { ExtendedL2::Off },
-        }
+        })
     }
 
     /// Looks at what is to be copied, without reading any of it.

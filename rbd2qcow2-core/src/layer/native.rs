@@ -4,9 +4,11 @@
 //! of a cluster as subclusters. With compression, each cluster of which something changed is packed
 //! whole, and stored so if that is smaller than what changed of it. For that the layer wants the
 //! whole content of such clusters, and may come to hold more than has changed: the same bytes as the
-//! layers below, or else they would have changed.
+//! layers below, or else they would have changed. Where layers are put into one, a cluster that lies packed
+//! in one of them already is copied instead.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -19,11 +21,13 @@ use crate::qcow2::writer::{FileSpec, Qcow2Writer, SubclusterData, WriteError};
 mod clusters;
 mod compressors;
 mod error;
+mod packed;
 
 use clusters::{Changed, Held, Shape};
 pub use compressors::Compressors;
 use compressors::Form;
 pub use error::NativeError;
+pub(crate) use packed::{PackedCluster, PackedClusters};
 
 /// The level of Zstandard where none is asked for: files are as small as QEMU's, which uses 3 on
 /// clusters of 64 KiB, for half the work.
@@ -37,6 +41,8 @@ pub struct NativeLayer {
     /// How clusters are packed; `None` where they are stored as they are.
     packed: Option<Form>,
     compressors: Compressors,
+    /// What need not be packed.
+    known: Option<Arc<dyn PackedClusters>>,
 }
 
 impl NativeLayer {
@@ -79,6 +85,7 @@ impl NativeLayer {
                 cluster_size: index(cluster_size),
             }),
             compressors,
+            known: None,
         })
     }
 
@@ -126,10 +133,14 @@ impl NativeLayer {
         Ok(self.file.write_clusters(first, &self.content(clusters, patch))?)
     }
 
-    /// Writes a cluster packed, if that takes less than `plain` bytes. Tells whether it did.
+    /// Writes a cluster packed: as it lies packed elsewhere, or else if that takes less than `plain` bytes.
+    /// Tells whether it did.
     fn write_packed(&self, cluster: u64, plain: u64, patch: &Patch) -> Result<bool, NativeError> {
         let Some(form) = self.packed.filter(|_| plain > 0) else { return Ok(false) };
         let mut content = self.content(cluster..cluster + 1, patch);
+        if self.copy_packed(cluster, form, &content)? {
+            return Ok(true);
+        }
         if content.len() < form.cluster_size {
             let mut padded = content.to_vec();
             padded.resize(form.cluster_size, 0);
@@ -164,6 +175,7 @@ impl LayerWriter for NativeLayer {
 
     fn write(&self, patch: Patch) -> Result<Vec<Extent>, LayerError> {
         self.try_write(&patch)
+            .inspect_err(|_| self.file.give_up())
             .map_err(|cause| LayerError::Write { path: self.file.path().to_owned(), cause: cause.into() })
     }
 

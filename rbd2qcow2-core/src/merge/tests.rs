@@ -16,6 +16,7 @@ use crate::qcow2::layer::LayerReader;
 use crate::testing::{Fixture, plain};
 use crate::verify::{VerifyImage, VerifyOptions, VerifyProgress, VerifyStatus};
 
+mod packed;
 mod refused;
 mod unclear;
 

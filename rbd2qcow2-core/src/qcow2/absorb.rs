@@ -16,6 +16,7 @@ use std::path::PathBuf;
 
 use super::check::CheckError;
 use super::check::source::Source;
+use super::compressed::unpack_stream;
 use super::error::ReadError;
 use super::header::{Header, Version};
 use super::layer::LayerReader;
@@ -255,7 +256,7 @@ impl<'a> Absorb<'a> {
             (L2Entry::Absent, old) => old,
             (L2Entry::Subclusters(_, parts), old) if parts == Subclusters::default() => old,
             (L2Entry::Zero, _) => L2Entry::Zero,
-            (L2Entry::Compressed(packed), _) => L2Entry::Compressed(self.copy_packed(packed)?),
+            (L2Entry::Compressed(packed), _) => L2Entry::Compressed(self.copy_packed(start, packed)?),
             (L2Entry::Data(_), old) => {
                 let host = match old {
                     L2Entry::Data(host) => host,
@@ -342,22 +343,35 @@ impl<'a> Absorb<'a> {
         Ok(L2Entry::Subclusters(host, merged))
     }
 
-    fn copy_packed(&mut self, packed: CompressedCluster) -> Result<CompressedCluster, AbsorbError> {
-        let size = self.below.geometry().cluster_size();
+    fn copy_packed(
+        &mut self,
+        start: u64,
+        packed: CompressedCluster,
+    ) -> Result<CompressedCluster, AbsorbError> {
+        let geometry = self.above.geometry();
+        let size = geometry.cluster_size();
         let mut bytes = vec![0; index(packed.bytes)];
         self.above.read_exact(packed.host, &mut bytes)?;
+        // What follows the stream would be taken along, and more of it each time.
+        let mut content = vec![0; index(size)];
+        let length = unpack_stream(geometry.compression_type, &bytes, &mut content).map_err(|cause| {
+            let (path, guest) = (self.above.path().to_owned(), GuestOffset(start));
+            ReadError::Compressed { path, guest, host: packed.host, cause }
+        })?;
+        bytes.truncate(length);
+        let length = length as u64;
         let (run, left) = &self.run;
-        if run.end - run.start < packed.bytes || *left == 0 {
+        if run.end - run.start < length || *left == 0 {
             let clusters = run_clusters(size);
             let start = self.take(clusters).0;
             self.run = (start..start + clusters * size, RUN_PIECES);
         }
         let (run, left) = &mut self.run;
         let host = HostOffset(run.start);
-        run.start += packed.bytes;
+        run.start += length;
         *left -= 1;
         self.write(host, &bytes)?;
-        Ok(CompressedCluster { host, bytes: packed.bytes })
+        Ok(CompressedCluster { host, bytes: length })
     }
 
     /// Where the L2 table of this index lies in the file.

@@ -39,44 +39,65 @@ pub enum UnpackError {
 /// # Errors
 /// Every [`UnpackError`].
 pub fn unpack(kind: CompressionType, packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+    unpack_stream(kind, packed, cluster).map(|_| ())
+}
+
+/// As [`unpack`], and returns the length of the stream in bytes, no more than those of `packed`: so much
+/// is needed to unpack the cluster, and nothing behind it.
+///
+/// # Errors
+/// Every [`UnpackError`].
+pub fn unpack_stream(kind: CompressionType, packed: &[u8], cluster: &mut [u8]) -> Result<usize, UnpackError> {
     match kind {
         CompressionType::Zlib => inflate(packed, cluster),
         CompressionType::Zstd => unpack_zstd(packed, cluster),
     }
 }
 
-fn inflate(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+fn inflate(packed: &[u8], cluster: &mut [u8]) -> Result<usize, UnpackError> {
     let expected = cluster.len();
     match inflate_at_once(packed, cluster)? {
-        (Status::StreamEnd, found) if found == expected => Ok(()),
-        (Status::StreamEnd, found) => Err(UnpackError::Short { found, expected }),
-        (_, found) if found < expected => Err(UnpackError::CutOff),
+        Inflated { status: Status::StreamEnd, found, stream } if found == expected => Ok(stream),
+        Inflated { status: Status::StreamEnd, found, .. } => Err(UnpackError::Short { found, expected }),
+        Inflated { found, .. } if found < expected => Err(UnpackError::CutOff),
         _ => {
             // Behind the cluster only the mark of the end may follow: room for one byte more tells
             // data from the lack of it.
-            let (_, found) = inflate_at_once(packed, &mut vec![0; expected + 1])?;
+            let Inflated { found, .. } = inflate_at_once(packed, &mut vec![0; expected + 1])?;
             Err(if found > expected { UnpackError::Long { expected } } else { UnpackError::CutOff })
         }
     }
 }
 
-/// Unpacks into the beginning of `target` as much as there is, or as fits. Returns how that ended, and
-/// how much it is.
+/// How far unpacking came.
+struct Inflated {
+    status: Status,
+    /// Bytes that were unpacked.
+    found: usize,
+    /// Bytes that were taken for that. The decoder gives back what it had looked at beyond the end.
+    stream: usize,
+}
+
+/// Unpacks into the beginning of `target` as much as there is, or as fits.
 ///
 /// In a single call, which finds references to what was before the beginning. Over several calls the
 /// decoder would keep a window of its own, full of zeroes at first, and take those for data.
-fn inflate_at_once(packed: &[u8], target: &mut [u8]) -> Result<(Status, usize), UnpackError> {
+fn inflate_at_once(packed: &[u8], target: &mut [u8]) -> Result<Inflated, UnpackError> {
     // Raw deflate with any window; QEMU writes one of 4 KiB.
     let mut stream = Decompress::new(false);
     let status = stream
         .decompress(packed, target, FlushDecompress::Finish)
         .map_err(|error| UnpackError::Damaged(error.to_string()))?;
-    // Held by the slice's length, so it fits.
-    Ok((status, usize::try_from(stream.total_out()).unwrap_or(target.len())))
+    // Held by the slices' lengths, so they fit.
+    Ok(Inflated {
+        status,
+        found: usize::try_from(stream.total_out()).unwrap_or(target.len()),
+        stream: usize::try_from(stream.total_in()).unwrap_or(packed.len()),
+    })
 }
 
 /// QEMU allows for several frames, so this does too.
-fn unpack_zstd(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
+fn unpack_zstd(packed: &[u8], cluster: &mut [u8]) -> Result<usize, UnpackError> {
     let expected = cluster.len();
     let damaged = |error: std::io::Error| UnpackError::Damaged(error.to_string());
     // Frame by frame into the cluster itself: a streaming decoder would first allocate the window
@@ -99,7 +120,7 @@ fn unpack_zstd(packed: &[u8], cluster: &mut [u8]) -> Result<(), UnpackError> {
         found += decoder.decompress_to_buffer(frame, room).map_err(damaged)?;
         rest = behind;
     }
-    Ok(())
+    Ok(packed.len() - rest.len())
 }
 
 #[cfg(test)]
@@ -141,6 +162,23 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_ends_where_it_ends_whatever_follows() {
+        for kind in BOTH {
+            for length in [512, 4096, 65536] {
+                let data = sample(length);
+                let stream = pack(kind, &data);
+                // Nothing, something, and the next cluster's stream.
+                for behind in [vec![], vec![0; 511], vec![0xff; 65536], stream.clone()] {
+                    let packed = [stream.clone(), behind].concat();
+                    let mut cluster = vec![0; length];
+                    assert_eq!(unpack_stream(kind, &packed, &mut cluster), Ok(stream.len()), "{kind:?}");
+                    assert!(cluster == data);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn less_and_more_than_a_cluster_are_errors() {
         for kind in BOTH {
             for length in [0, 1, 4095, 4097, 100 << 20] {
@@ -160,7 +198,11 @@ mod tests {
         let data = sample(8192);
         let mut packed = pack(CompressionType::Zstd, &data[..1000]);
         packed.extend(pack(CompressionType::Zstd, &data[1000..]));
+        let length = packed.len();
+        // Those that follow are none of it, whatever they hold.
+        packed.extend(pack(CompressionType::Zstd, &[]));
         let mut cluster = vec![0; data.len()];
+        assert_eq!(unpack_stream(CompressionType::Zstd, &packed, &mut cluster), Ok(length));
         assert_eq!(unpack(CompressionType::Zstd, &packed, &mut cluster), Ok(()));
         assert!(cluster == data);
     }
@@ -191,12 +233,18 @@ mod tests {
             let packed = pack(kind, &sample(4096));
             let mut cluster = [0; 4096];
             for length in 0..packed.len() {
-                assert!(unpack(kind, &packed[..length], &mut cluster).is_err(), "{kind:?}, {length}");
+                assert!(unpack_stream(kind, &packed[..length], &mut cluster).is_err(), "{kind:?}, {length}");
             }
             for index in 0..packed.len() {
                 let mut changed = packed.clone();
                 changed[index] ^= 0x55;
-                let _ = unpack(kind, &changed, &mut cluster);
+                changed.extend([0x3c; 20]);
+                // What is said to be the stream is all that it takes.
+                if let Ok(length) = unpack_stream(kind, &changed, &mut cluster) {
+                    let mut again = [0; 4096];
+                    assert_eq!(unpack_stream(kind, &changed[..length], &mut again), Ok(length));
+                    assert!(again == cluster);
+                }
             }
         }
     }

@@ -185,8 +185,7 @@ impl LayerReader {
     fn read_compressed(&self, packed: CompressedCluster, from: u64, to: &mut [u8]) -> Result<(), ReadError> {
         let cluster_size = self.geometry.cluster_size();
         let start = from - from % cluster_size;
-        let mut input = vec![0; index(packed.bytes)];
-        self.read_exact(packed.host, &mut input)?;
+        let input = self.read_input(packed)?;
         let failed = |cause| ReadError::Compressed {
             path: self.path.clone(),
             guest: GuestOffset(start),
@@ -202,6 +201,25 @@ impl LayerReader {
         let skipped = index(from - start);
         to.copy_from_slice(&cluster[skipped..skipped + to.len()]);
         Ok(())
+    }
+
+    /// The packed data of the cluster that holds the byte `offset` of the guest's image, with whatever
+    /// follows them up to the end of the space that the file's tables tell: up to two clusters. `None`
+    /// where that cluster is not compressed.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at), but that they are not unpacked.
+    pub(crate) fn read_packed(&self, offset: u64) -> Result<Option<Vec<u8>>, ReadError> {
+        match self.segments(offset..offset.saturating_add(1))?.next().transpose()? {
+            Some((_, Held::Compressed(packed))) => self.read_input(packed).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn read_input(&self, packed: CompressedCluster) -> Result<Vec<u8>, ReadError> {
+        let mut input = vec![0; index(packed.bytes)];
+        self.read_exact(packed.host, &mut input)?;
+        Ok(input)
     }
 
     /// What gives the file's entries their meaning.

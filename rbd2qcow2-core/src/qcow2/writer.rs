@@ -177,8 +177,8 @@ impl Qcow2Writer {
         })
     }
 
-    /// Writes the cluster number `cluster` as `packed`: what a [`Compressor`] made of all of it, of
-    /// this file's compression type.
+    /// Writes the cluster number `cluster` as `packed`: what a [`Compressor`] made of all of it, here or
+    /// for another file, of this file's compression type and no more than a cluster.
     ///
     /// # Errors
     /// As [`write_clusters`](Self::write_clusters).
@@ -211,6 +211,12 @@ impl Qcow2Writer {
     /// Makes calls that go on in other threads, and all later ones, fail soon.
     pub fn abort(&self) {
         self.aborted.set();
+    }
+
+    /// Has [`finish`](Self::finish) fail: what was to be written could not be made. Other calls go on, so that
+    /// none of them tells of an abort before the error is told.
+    pub(crate) fn give_up(&self) {
+        self.failed.set();
     }
 
     /// Whether [`abort`](Self::abort) was called, or the file is finished.

@@ -73,6 +73,17 @@ impl Compressors {
         }
         Ok(lease)
     }
+
+    /// Whether any of them has been used. To be asked when none is in use.
+    #[cfg(test)]
+    pub(crate) fn were_used(&self) -> bool {
+        let slots: Vec<_> = self.idle.try_iter().collect();
+        let used = slots.iter().any(|slot| slot.0.is_some());
+        for slot in slots {
+            let _ = self.back.send(slot);
+        }
+        used
+    }
 }
 
 /// A compressor that is in use. Goes back on drop.
@@ -124,5 +135,7 @@ mod tests {
             crate::qcow2::compressed::unpack(form.kind, &packed, &mut unpacked).expect("unpacked");
             assert!(unpacked == cluster);
         }
+        drop(leases);
+        assert!(all.were_used() && all.were_used() && !Compressors::default().were_used());
     }
 }
