@@ -7,6 +7,7 @@
 //! ([`Catalogue`] knows). The next run that writes completes what was committed, and removes what was not.
 //! Where nobody can tell, it touches nothing.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::digests::{DigestWriter, DigestsError};
@@ -44,6 +45,9 @@ pub struct MergedLayer {
     pub extended_l2: bool,
     /// What the point's manifest is to say; `None` for a point without one.
     pub record: Option<Record>,
+    /// The points that never had digests whose data the layer has taken over, and those that these had
+    /// taken over. What the point's manifest says of earlier merges is added.
+    pub unverified: BTreeSet<PointName>,
 }
 
 impl ChainWriter {
@@ -241,6 +245,7 @@ impl PendingMerge<'_> {
         let digests = self.digests.take();
         let with_manifest = digests.is_some();
         if let Some(digests) = digests {
+            let before = self.manifest.as_ref().map(|manifest| manifest.unverified.clone());
             let manifest = Manifest {
                 tool: Manifest::this_tool(),
                 image: self.writer.image.clone(),
@@ -252,6 +257,8 @@ impl PendingMerge<'_> {
                 digests: digests.finish()?,
                 // Whoever holds the point goes on holding it.
                 hold: self.manifest.as_ref().and_then(|manifest| manifest.hold.clone()),
+                // A set that only grows: nobody can tell which of these data were overwritten since.
+                unverified: &layer.unverified | &before.unwrap_or_default(),
             };
             self.put_beside(&manifest)?;
         }
