@@ -58,7 +58,7 @@ fn what_was_taken_over_is_remembered_as_long_as_it_may_be_there() {
     let reports = fixture.verify();
     let gap = Unverified::TakenOver { point: names[2], from: vec![names[1]] };
     for report in &reports {
-        assert_eq!(report.unverified, [gap.clone()]);
+        assert_eq!(report.unverified, std::slice::from_ref(&gap));
         let words = reason(&report.unverified);
         let expected = format!("{} took over data of {}, which never had digests", names[2], names[1]);
         assert_eq!(words, expected);
