@@ -75,7 +75,8 @@ Examples:
 
 Looks at the files' links, the structure of each qcow2 file, and all data against their BLAKE3
 digests. A damaged range is traced to each point that shows it. Points of the Python rbd2qcow2 have
-no digests: of them only the structure is known, and they are `unverifiable`. Needs no cluster.
+no digests: of them only the structure is known, and they are `unverifiable`. So is every point that
+builds upon them, or took over their data when they were pruned. Needs no cluster.
 
 With --source points are also compared with the RBD snapshots that they were taken from, bit for bit:
 the proof that the backups lack nothing. Usually only the newest point of an image still has one.

@@ -9,8 +9,8 @@ use rbd2qcow2_core::chain::{self, ImageName, PointName};
 use rbd2qcow2_core::error::Causes;
 use rbd2qcow2_core::rbd::{ClusterOptions, Patience, RbdError};
 use rbd2qcow2_core::verify::{
-    ClusterSnapshots, PointReport, Sample, Snapshots, SourceStatus, VerifyError, VerifyImage, VerifyOptions,
-    VerifyProgress, VerifyStatus,
+    self, ClusterSnapshots, PointReport, Sample, Snapshots, SourceStatus, VerifyError, VerifyImage,
+    VerifyOptions, VerifyProgress, VerifyStatus,
 };
 use serde::Serialize;
 
@@ -203,9 +203,9 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
     let checked = indicatif::HumanBytes(report.checked_bytes);
     let reason = match report.status {
         VerifyStatus::Unverifiable => {
-            ": there are no digests of it, or of a point below; its structure is sound"
+            format!(": {}; the structure is sound", verify::reason(&report.unverified))
         }
-        VerifyStatus::Ok | VerifyStatus::Damaged => "",
+        VerifyStatus::Ok | VerifyStatus::Damaged => String::new(),
     };
     let source = match &report.source {
         None => String::new(),

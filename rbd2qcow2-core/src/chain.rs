@@ -9,6 +9,7 @@
 //! Points are forgotten by [`ChainWriter::forget`]. Where others build upon them, a layer that takes over
 //! what they hold [replaces](ChainWriter::begin_merge) the one above first.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -415,6 +416,7 @@ impl PendingLayer<'_> {
             layer_bytes,
             digests,
             hold: None,
+            unverified: BTreeSet::new(),
         };
         let bytes = manifest.to_bytes();
         let bytes =

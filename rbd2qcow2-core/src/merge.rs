@@ -7,17 +7,21 @@
 //! Nothing here decides which points go.
 //!
 //! The new layer gets digests of its own, which say that its content is what was backed up. So all that
-//! goes into it is held against the old digests first.
+//! goes into it is held against the old digests first. Points of the Python tool never had any: what a
+//! point takes over from them is noted in its manifest, for the digests cannot say more of it than that it
+//! has not changed since.
 //!
 //! Where it is packed, clusters that lie packed in one of the old layers are copied as they are (`packed`).
 //! All others are packed as those of a backup, whether they were before or not.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
+use crate::chain::names::FileKind;
 use crate::chain::{ChainError, ChainWriter, MergedLayer, Onto, Point, PointName, Record};
 use crate::copy::{self, Copy, CopyError};
 use crate::extent::{Extent, ExtentKind, align};
@@ -115,8 +119,8 @@ pub enum MergeError {
         #[source]
         cause: Finding,
     },
-    /// A layer that would go into the new one has no digests, and the new one's would say of its data that
-    /// they are what was backed up.
+    /// A layer that would go into the new one has lost its digests, or the manifest that tells what they are
+    /// worth. The new one's digests would say of its data that they are what was backed up.
     #[error(
         "point {from} has no digests that tell whether it is as it was, so point {point}, which has some, does \
          not take over what it holds; nothing was changed"
@@ -124,7 +128,7 @@ pub enum MergeError {
     NoDigests {
         /// The point that was to take over.
         point: PointName,
-        /// The point without digests.
+        /// The point that has lost them.
         from: PointName,
     },
     /// A base could not take over what is above it. All points read as before, and the next run that prunes
@@ -325,7 +329,12 @@ impl Merge<'_> {
         let pending = self.writer.begin_merge(self.child, method.onto, spec.cluster_size)?;
         // Of the layers below only what shares a grain with what is merged is copied.
         let read = if method.survey.edges { points.len() } else { method.points };
-        self.verify(&points[..read], pending.manifest().is_some())?;
+        let mut unverified = self.verify(&points[..read], pending.manifest().is_some())?;
+        if let Onto::Base(_) = method.onto {
+            // Its manifest will be gone.
+            let base = points[method.points].manifest.as_ref();
+            unverified.extend(base.into_iter().flat_map(|manifest| &manifest.unverified));
+        }
         let spec = LayerSpec {
             path: pending.layer_path().to_owned(),
             backing: pending.backing_name(),
@@ -352,7 +361,8 @@ impl Merge<'_> {
             extended_l2,
             ..manifest.record.clone()
         });
-        pending.commit(MergedLayer { virtual_size: spec.virtual_size, extended_l2, record })?;
+        let virtual_size = spec.virtual_size;
+        pending.commit(MergedLayer { virtual_size, extended_l2, record, unverified })?;
         let old = points[0].base.filter(|base| method.onto != Onto::Base(*base));
         old.map_or(Ok(()), |base| Ok(self.writer.drop_base(base)?))
     }
@@ -410,22 +420,39 @@ impl Merge<'_> {
         Ok(survey)
     }
 
-    /// Holds the layers of these points against their digests.
-    fn verify(&self, points: &[&Point], with_digests: bool) -> Result<(), MergeError> {
+    /// Holds the layers of these points against their digests, and looks at the structure of those that
+    /// never had any. Returns the points whose data nobody could ever verify: these, and what any of the
+    /// points has taken over from such.
+    fn verify(&self, points: &[&Point], with_digests: bool) -> Result<BTreeSet<PointName>, MergeError> {
         let image = self.writer.catalogue().image();
         let reports = verify_layers(image, points, self.cancel).map_err(|cause| match cause {
             VerifyError::Cancelled => MergeError::Cancelled,
             cause => MergeError::Verify { point: self.child, cause },
         })?;
-        for LayerReport { point: from, finding, has_digests } in reports {
+        let mut unverified = BTreeSet::new();
+        for (point, LayerReport { finding, has_digests }) in points.iter().zip(reports) {
+            let from = point.name;
             if let Some(cause) = finding {
                 return Err(MergeError::Damaged { point: self.child, from, cause });
             }
-            if with_digests && !has_digests {
+            if self.never_had_digests(point) {
+                unverified.insert(from);
+            } else if with_digests && !has_digests {
                 return Err(MergeError::NoDigests { point: self.child, from });
             }
+            unverified.extend(point.manifest.iter().flat_map(|manifest| &manifest.unverified));
         }
-        Ok(())
+        Ok(unverified)
+    }
+
+    /// Whether a point is as the Python tool makes them. Where there is anything of a manifest or of digests,
+    /// in whatever state, they may have been lost instead, which is damage.
+    fn never_had_digests(&self, point: &Point) -> bool {
+        let is_absent = |kind| {
+            let path = self.writer.catalogue().path_of(point.name, kind);
+            std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        point.name.is_python() && is_absent(FileKind::Manifest) && is_absent(FileKind::Digests)
     }
 
     /// Looks whether there is room for so many bytes of clusters, and what tells where they are.

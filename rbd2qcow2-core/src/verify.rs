@@ -24,6 +24,7 @@ mod layer;
 #[cfg(feature = "rbd")]
 mod snapshots;
 mod source;
+mod unverified;
 
 use affected::affected;
 pub use finding::Finding;
@@ -32,6 +33,7 @@ use layer::Verdict;
 pub use snapshots::ClusterSnapshots;
 use source::SourceVerdict;
 pub use source::{Found, Snapshots, SourceStatus};
+pub use unverified::{Unverified, reason};
 
 #[cfg(test)]
 mod tests;
@@ -74,8 +76,8 @@ pub enum VerifyStatus {
     Ok,
     /// Something is not as it was.
     Damaged,
-    /// Nothing wrong was found, but there are no digests, of its layer or of one below, to hold the
-    /// data against.
+    /// Nothing wrong was found, but some data, of its layer or of one below, cannot be held against what was
+    /// backed up: see [`PointReport::unverified`].
     Unverifiable,
 }
 
@@ -105,6 +107,9 @@ pub struct PointReport {
     pub findings: Vec<Finding>,
     /// How many more findings there are.
     pub more: u64,
+    /// Why it is not known whether its data are what was backed up; empty where that is known. The oldest
+    /// layer comes first.
+    pub unverified: Vec<Unverified>,
     /// How it compares with the snapshot that it was taken from; `None` where that was not asked.
     pub source: Option<SourceStatus>,
 }
@@ -191,13 +196,16 @@ impl VerifyImage<'_> {
                 inherited.entry(name).or_default().extend(findings);
             }
         }
-        let verifiable: BTreeSet<_> =
-            verdicts.iter().filter(|(_, verdict)| verdict.verifiable).map(|(name, _)| *name).collect();
+        let gaps: BTreeMap<_, _> = needed
+            .iter()
+            .filter_map(|name| Some((*name, unverified::of(&catalogue, *name, verdicts.get(name)?)?)))
+            .collect();
         let report = |name| {
             let inherited = inherited.get(&name).map_or(&[][..], Vec::as_slice);
-            let all = with_ancestors(&catalogue, &[name]).is_subset(&verifiable);
+            let below = with_ancestors(&catalogue, &[name]);
+            let unverified = below.iter().filter_map(|name| gaps.get(name)).cloned().collect();
             let verdict = verdicts.remove(&name).unwrap_or_default();
-            report(&catalogue, name, verdict, sources.remove(&name), inherited, all)
+            report(&catalogue, name, verdict, sources.remove(&name), inherited, unverified)
         };
         Ok(wanted.into_iter().map(report).collect())
     }
@@ -227,15 +235,16 @@ impl VerifyImage<'_> {
 
 /// What was found out about a single layer.
 pub(crate) struct LayerReport {
-    pub(crate) point: PointName,
     /// The first thing that is wrong.
     pub(crate) finding: Option<Finding>,
-    /// Whether there were digests to hold the content against.
+    /// Whether there were digests to hold the content against, and a manifest that tells what these are
+    /// worth.
     pub(crate) has_digests: bool,
 }
 
-/// Verifies all content of the layers of some points of an image, whose lock the caller holds. Ends with
-/// the first layer that is damaged. What the catalogue has found is not repeated.
+/// Verifies all content of the layers of some points of an image, whose lock the caller holds. Reports on
+/// them in this order, and ends with the first layer that is damaged. What the catalogue has found is not
+/// repeated.
 ///
 /// # Errors
 /// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
@@ -258,7 +267,8 @@ pub(crate) fn verify_layers(
         let verdict = layer::verify(point, &run)?;
         let finding = verdict.findings.into_iter().next();
         let damaged = finding.is_some();
-        reports.push(LayerReport { point: point.name, finding, has_digests: verdict.verifiable });
+        let has_digests = verdict.verifiable && point.manifest.is_some();
+        reports.push(LayerReport { finding, has_digests });
         if damaged {
             break;
         }
@@ -287,7 +297,7 @@ fn report(
     verdict: Verdict,
     source: Option<SourceVerdict>,
     inherited: &[Finding],
-    verifiable: bool,
+    unverified: Vec<Unverified>,
 ) -> PointReport {
     let mut findings: Vec<Finding> = problems_of(catalogue, point).map(Finding::from).collect();
     if let (Err(problem), true) = (catalogue.ancestry(point), findings.is_empty()) {
@@ -301,14 +311,14 @@ fn report(
         source.status
     });
     findings.extend_from_slice(inherited);
-    let status = match (findings.is_empty(), verifiable) {
+    let status = match (findings.is_empty(), unverified.is_empty()) {
         (false, _) => VerifyStatus::Damaged,
         (true, true) => VerifyStatus::Ok,
         (true, false) => VerifyStatus::Unverifiable,
     };
     more += findings.len().saturating_sub(FINDINGS_KEPT) as u64;
     findings.truncate(FINDINGS_KEPT);
-    PointReport { point, status, checked_bytes: verdict.checked, findings, more, source }
+    PointReport { point, status, checked_bytes: verdict.checked, findings, more, unverified, source }
 }
 
 /// What the catalogue has found wrong with the files of a point.

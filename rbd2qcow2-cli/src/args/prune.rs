@@ -22,7 +22,9 @@ keeps that, too. --keep-within counts back from the newest point: y, m (months),
 
 The newest point of an image always stays, since the next backup builds upon it, and so do points
 that are held (see `hold`). What a removed point held that others need is merged into the next one
-that stays. The other points are what they were, bit for bit.
+that stays. The other points are what they were, bit for bit. All of it is held against its digests
+before. Points of the Python rbd2qcow2 have none: of these the structure is checked, and `verify`
+goes on to call what took over their data `unverifiable`.
 
 Never prune points that anything outside of this directory builds upon: hold them. An image that is
 being backed up, restored, served or verified is left for the next run, and one with a missing or

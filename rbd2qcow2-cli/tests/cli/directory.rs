@@ -10,7 +10,8 @@ use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::digests::DigestWriter;
 use rbd2qcow2_core::chain::manifest::Features;
 use rbd2qcow2_core::chain::{
-    ChainId, ChainWriter, Committed, ImageName, LayerPlan, PointName, Record, SnapshotName, image_directory,
+    Catalogue, ChainId, ChainWriter, Committed, ImageName, LayerPlan, PointName, Record, SnapshotName,
+    image_directory,
 };
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
@@ -89,6 +90,26 @@ impl Backups {
             assert_eq!(backing.is_some(), base.is_some(), "a base is what the newest point holds");
             write_layer(path, content, backing, base, digests);
         })
+    }
+
+    /// Adds a point to an image as the Python tool does, at a unix time: without manifest and digests, and the
+    /// first one upon an image of nothing. It holds `content`, and the newest point `base`, if there is one.
+    pub fn fill_as_python(&self, image: &str, second: i64, content: &[u8], base: Option<&[u8]>) {
+        let directory = self.image(image);
+        std::fs::create_dir_all(&directory).unwrap();
+        let file = |point: &dyn std::fmt::Display| format!("{image}@{point}.qcow2");
+        let catalogue = Catalogue::read(&directory, &ImageName::new(image).unwrap()).unwrap();
+        let backing = match catalogue.newest() {
+            Some(newest) => file(&newest.name),
+            None => "empty.qcow2".to_owned(),
+        };
+        assert_eq!(catalogue.newest().is_some(), base.is_some(), "a base is what the newest point holds");
+        if base.is_none() {
+            create_layer(&directory.join(&backing), content.len() as u64, None);
+        }
+        let scratch = TempDir::new().unwrap();
+        let digests = DigestWriter::create(&scratch.path().join("digests"), CLUSTER).unwrap();
+        write_layer(&directory.join(file(&second)), content, Some(&backing), base, &digests);
     }
 
     fn commit(

@@ -146,6 +146,52 @@ fn what_others_need_is_merged_into_them() {
 }
 
 #[test]
+fn what_the_python_tool_began_is_pruned_and_stays_unverifiable() {
+    let contents = contents(5);
+    let backups = Backups::new();
+    backups.fill_as_python("vm", 1_795_195_992, &contents[0], None);
+    backups.fill_as_python("vm", 1_795_282_392, &contents[1], Some(&contents[0]));
+    backups.fill_as_python("vm", 1_795_368_792, &contents[2], Some(&contents[1]));
+    backups.fill("vm", "2026-11-23T02:00:00Z", &contents[3], Some(&contents[2]));
+    backups.fill("vm", "2026-11-24T02:00:00Z", &contents[4], Some(&contents[3]));
+    let [python, first, second] = ["1795368792", "20261123T020000Z", "20261124T020000Z"];
+    let told = on(backups.path(), &["prune", "--keep-daily", "3"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    let line = format!("vm@1795282392: removed, merged into {python} (no rule keeps it)\n");
+    assert!(told.stdout.contains(&line), "{told:?}");
+    assert!(told.stdout.contains(&format!("vm@{python}: kept (daily 2026-11-22)\n")), "{told:?}");
+    assert_eq!(points(&backups), [python, first, second]);
+    let told = on(backups.path(), &["list"]);
+    assert_eq!((told.status, told.stderr.as_str()), (Some(0), ""), "{told:?}");
+    assert!(
+        told.stdout.contains("chain of the Python rbd2qcow2, continued as 0123abcd: 3 points"),
+        "{told:?}"
+    );
+    let told = on(backups.path(), &["verify"]);
+    assert_eq!((told.status, told.stdout.matches(": unverifiable, ").count()), (Some(0), 3), "{told:?}");
+    let reason = format!(": there are no digests of {python}; the structure is sound\n");
+    assert_eq!(told.stdout.matches(&reason).count(), 3, "{told:?}");
+
+    let told = on(backups.path(), &["prune", &format!("vm@{python}")]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert_eq!(points(&backups), [first, second]);
+    for (point, content) in [(first, &contents[3]), (second, &contents[4])] {
+        assert!(read(&backups, point) == *content, "{point}");
+    }
+    let told = on(backups.path(), &["list"]);
+    assert_eq!((told.status, told.stderr.as_str()), (Some(0), ""), "{told:?}");
+    assert!(told.stdout.contains("chain 0123abcd: 2 points"), "{told:?}");
+    let told = on(backups.path(), &["verify"]);
+    let reason =
+        format!(": {first} took over data of {python}, which never had digests; the structure is sound\n");
+    assert_eq!((told.status, told.stdout.matches(&reason).count()), (Some(0), 2), "{told:?}");
+    assert!(!told.stdout.contains(", 0 B of data checked"), "{told:?}");
+    let told = on(backups.path(), &["verify", "--json", "-q"]);
+    assert_eq!(told.stdout.matches(r#""status":"unverifiable""#).count(), 2, "{told:?}");
+    assert_eq!(told.stdout.matches(r#""errors":[]}"#).count(), 2, "{told:?}");
+}
+
+#[test]
 fn damage_is_told_and_nothing_merged() {
     let contents = contents(3);
     let (backups, names) = filled(&contents);

@@ -13,8 +13,12 @@
 //! The keys and values of the image's metadata are byte strings in Ceph. They are stored as they are
 //! where they are UTF-8 and do not begin with `hex:`; all others are `hex:` and two lower-case hex
 //! digits a byte.
+//!
+//! `unverified` names, in ascending order, the points without digests that this one has taken over; it is
+//! left out where there are none. What the layer holds of them are the bytes that they held when they were
+//! taken over, which nobody could hold against what had been backed up.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -28,19 +32,20 @@ use crate::qcow2::header::ClusterBits;
 use crate::qcow2::open_regular;
 
 mod hold;
+mod text;
+mod unverified;
 
 pub use hold::Hold;
 use hold::RawHold;
 pub(super) use hold::with_hold;
+use text::{metadata, to_text};
+use unverified::parse_unverified;
 
 /// The format that is written, and the only one that is read.
 pub const FORMAT: u64 = 1;
 
 /// Longest manifest that is read, in bytes. Metadata of an image is some KiB at most.
 pub const MANIFEST_MAX: u64 = 16 << 20;
-
-/// Marks a metadata key or value that is given in hex.
-const HEX_PREFIX: &str = "hex:";
 
 /// Why a manifest is not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -210,6 +215,9 @@ pub struct Manifest {
     pub digests: DigestsInfo,
     /// Whether, and why, the point must not be pruned.
     pub hold: Option<Hold>,
+    /// Points that are gone, or are below, whose data the layer may hold although they never had digests:
+    /// its own digests tell of those data what they were when the point took them over, no more.
+    pub unverified: BTreeSet<PointName>,
 }
 
 /// A manifest as it stands in the file. Nothing here was checked.
@@ -251,6 +259,8 @@ struct RawManifest {
     digests: RawDigests,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     hold: Option<RawHold>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    unverified: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -356,6 +366,7 @@ impl Manifest {
                 blake3: self.digests.blake3.to_hex().to_string(),
             },
             hold: self.hold.as_ref().map(RawHold::from),
+            unverified: self.unverified.iter().map(ToString::to_string).collect(),
         }
     }
 
@@ -376,6 +387,7 @@ impl Manifest {
                 "older than the point, and newer than its parent",
             ));
         }
+        let unverified = parse_unverified(&raw.unverified, point)?;
         // Only snapshots of this form are ever deleted, and only by those whose id they carry.
         if let Ok(name) = SnapshotName::parse(&raw.snapshot)
             && name != (SnapshotName { chain, point })
@@ -426,6 +438,7 @@ impl Manifest {
             layer_bytes,
             digests,
             hold,
+            unverified,
         })
     }
 }
@@ -487,35 +500,6 @@ pub(super) fn unsigned(bytes: &[u8]) -> Option<Value> {
     let spelled = spell(&value) == bytes;
     let stated = value.as_object_mut()?.remove("checksum");
     (spelled && stated == Some(Value::String(checksum(&value)))).then_some(value)
-}
-
-/// Stores a byte string in JSON, see the module's documentation.
-fn to_text(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    match std::str::from_utf8(bytes) {
-        Ok(text) if !text.starts_with(HEX_PREFIX) => text.to_owned(),
-        _ => bytes.iter().fold(HEX_PREFIX.to_owned(), |mut text, byte| {
-            // Writing to a String cannot fail.
-            _ = write!(text, "{byte:02x}");
-            text
-        }),
-    }
-}
-
-/// The byte string that [`to_text`] stores as `text`.
-fn from_text(text: &str) -> Option<Vec<u8>> {
-    let Some(hex) = text.strip_prefix(HEX_PREFIX) else {
-        return Some(text.as_bytes().to_owned());
-    };
-    let pairs = hex.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).ok());
-    let bytes: Option<Vec<u8>> = pairs.map(|pair| u8::from_str_radix(pair?, 16).ok()).collect();
-    // Rejects odd lengths, signs, upper case, and hex where plain text would do.
-    bytes.filter(|bytes| to_text(bytes) == text)
-}
-
-fn metadata(raw: &BTreeMap<String, String>) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, ManifestError> {
-    let decode = |text: &String| from_text(text).ok_or_else(|| wrong("metadata", text, "text or hex:…"));
-    raw.iter().map(|(key, value)| Ok((decode(key)?, decode(value)?))).collect()
 }
 
 /// Reads a whole file, unless it is longer than `limit` or not a file at all.

@@ -7,6 +7,7 @@
 //! ([`Catalogue`] knows). The next run that writes completes what was committed, and removes what was not.
 //! Where nobody can tell, it touches nothing.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::catalogue::{Link, Point};
@@ -65,6 +66,9 @@ pub struct MergedLayer {
     pub extended_l2: bool,
     /// What the point's manifest is to say; `None` for a point without one.
     pub record: Option<Record>,
+    /// The points that never had digests whose data the layer has taken over, and those that these had
+    /// taken over. What the point's manifest says of earlier merges is added.
+    pub unverified: BTreeSet<PointName>,
 }
 
 impl ChainWriter {
@@ -278,6 +282,7 @@ impl PendingMerge<'_> {
         };
         let with_manifest = digests.is_some();
         if let Some((path, digests)) = digests {
+            let before = self.manifest.as_ref().map(|manifest| manifest.unverified.clone());
             let manifest = Manifest {
                 tool: Manifest::this_tool(),
                 image: self.writer.image.clone(),
@@ -290,6 +295,8 @@ impl PendingMerge<'_> {
                 digests,
                 // Whoever holds the point goes on holding it.
                 hold: self.manifest.as_ref().and_then(|manifest| manifest.hold.clone()),
+                // A set that only grows: nobody can tell which of these data were overwritten since.
+                unverified: &layer.unverified | &before.unwrap_or_default(),
             };
             self.put_beside(&manifest, &path)?;
         }

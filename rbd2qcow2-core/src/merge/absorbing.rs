@@ -1,6 +1,7 @@
 //! The second half of a merge upon a base: the base takes over what the layer above it holds, and takes its
 //! place. See [`chain::base`](crate::chain) for the steps.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{Merge, MergeError};
@@ -81,7 +82,9 @@ impl Merge<'_> {
             return Err(MergeError::Cancelled);
         }
         let (virtual_size, extended_l2) = (below.virtual_size(), below.header().extended_l2);
-        pending.commit(MergedLayer { virtual_size, extended_l2, record })?;
+        // What is unverified of the base the child's manifest tells already.
+        let unverified = BTreeSet::new();
+        pending.commit(MergedLayer { virtual_size, extended_l2, record, unverified })?;
         self.writer.drop_base(base.name)?;
         Ok(true)
     }

@@ -99,6 +99,25 @@ fn whenever_it_dies_what_stays_is_whole() {
     }
 }
 
+/// The everyday case: the Python tool began the chain, this program goes on, and old points go every night.
+#[test]
+fn chains_that_the_python_tool_began_are_pruned_while_backups_go_on() {
+    let mut fixture = Fixture::begun_by_python(4, &[300_000, 250_000, 300_000, 350_000]);
+    for number in 0..7_u8 {
+        let count = fixture.points.len();
+        prune(&fixture, &newest(3)).expect("pruned");
+        fixture.check_all(&names(&fixture)[count - 3..]);
+        let mut content = fixture.points[count - 1].1.clone();
+        let at = usize::from(number) * 30_000;
+        content[at..at + 50_000].fill(number);
+        content.resize(350_000 - 9_999 * usize::from(number % 3), 7);
+        fixture.back_up(&plain(), content);
+    }
+    prune(&fixture, &newest(1)).expect("pruned");
+    let last = fixture.points.len() - 1;
+    fixture.check_all(&names(&fixture)[last..]);
+}
+
 #[test]
 fn a_stop_withdraws_the_note() {
     let fixture = Fixture::of_sizes(&[100_000, 90_000, 100_000]);

@@ -9,7 +9,7 @@ use crate::chain::manifest::Hold;
 use crate::chain::manifest::tests::record;
 pub(super) use crate::chain::tests::point;
 use crate::chain::tests::{CLUSTER_SIZE, VIRTUAL_SIZE, create_layer, image, qemu_img_is_there};
-use crate::chain::{ChainError, ChainId, LayerPlan, PointName, Record, SnapshotName, hold};
+use crate::chain::{ChainError, ChainId, LayerPlan, PointKind, PointName, Record, SnapshotName, hold};
 
 /// A destination with one image.
 pub(super) struct Fixture(tempfile::TempDir);
@@ -189,6 +189,33 @@ fn a_chain_without_points_is_remembered() {
     fs::write(&list, b"00000002\n../evil\n0000").expect("written");
     assert_eq!(own(), ids[1..]);
     assert!(fixture.catalogue().problems().is_empty());
+}
+
+/// By the times in their names. What their first layers build upon is no point's, and stays.
+#[test]
+fn a_chain_of_the_python_tool_is_pruned_and_goes_on() {
+    // Two of one day, and one of each of the two days before.
+    let points = ["1795195992", "1795282392", "1795368792", "1795368999"];
+    let Some(fixture) = Fixture::python(&points) else { return };
+    let daily = Policy { daily: Limit::AtMost(2), ..Policy::default() };
+    let plan = fixture.prune(&Wanted { policy: Some(daily), points: BTreeSet::new() }).expect("pruned");
+    let reasons: Vec<_> = plan.decisions[1].reasons.iter().map(ToString::to_string).collect();
+    assert_eq!(reasons, ["daily 2026-11-21"]);
+    assert_eq!(fixture.points(), [points[1], points[3]]);
+    let kinds = || fixture.catalogue().points().iter().map(|point| point.kind).collect::<Vec<_>>();
+    let (full, incremental) = (Some(PointKind::Full), Some(PointKind::Incremental));
+    assert_eq!(kinds(), [full, incremental]);
+    // The next backup builds upon the newest as before: its name tells the snapshot.
+    let newest = fixture.catalogue().newest().expect("a point").snapshot();
+    assert_eq!(newest.as_deref(), Some(points[3]));
+    fixture.add(POINTS[2], Some(points[3]));
+    assert_eq!(kinds(), [full, incremental, incremental]);
+    fixture.prune(&last_one()).expect("pruned");
+    assert_eq!((fixture.points(), kinds()), (vec![POINTS[2].to_owned()], vec![full]));
+    let files: Vec<_> = fixture.content().into_keys().collect();
+    let own = ["digests", "json", "qcow2"].map(|suffix| format!("vm%2F1@{}.{suffix}", POINTS[2]));
+    assert_eq!(files[0], "empty.qcow2");
+    assert_eq!(files[1..], own);
 }
 
 #[test]

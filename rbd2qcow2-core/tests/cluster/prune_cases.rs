@@ -8,6 +8,7 @@ use rbd2qcow2_core::layer::Compression;
 use rbd2qcow2_core::options::Writer;
 use rbd2qcow2_core::prune::{Action, Limit, Policy, PruneImage, Wanted};
 
+use crate::backup_cases::bases::python_chain;
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Layout, Spec};
 use crate::random::Random;
@@ -83,5 +84,33 @@ fn a_month_of_backups() {
     assert_eq!(names, expected);
     store.check_again();
     verify_source::check(&cluster, store.dest(), &store.driver, std::slice::from_ref(&spec));
+    store.purge(&spec);
+}
+
+/// The snapshot of the newest point is found by its name, whatever that point has taken over; and in the end
+/// nothing is left of the old tool's points but the data that nobody verified.
+#[test]
+fn a_chain_of_the_python_tool_is_pruned_and_goes_on() {
+    let cluster = cluster_or_skip!("a_chain_of_the_python_tool_is_pruned_and_goes_on");
+    let mut store = Store::new(&cluster);
+    let spec = python_chain(&mut store, "python-pruned", ["1700000000", "1700086400"]);
+    let python = store.points().to_vec();
+    python.iter().for_each(|made| store.expect_removal(&made.file));
+    let policy = Policy { last: Limit::AtMost(1), ..Policy::default() };
+    let mut newest = python[1].clone();
+    for seed in 11..14 {
+        let kept = prune(&store, &spec, &policy, Timestamp::now());
+        assert_eq!(kept, std::slice::from_ref(&newest.point));
+        store.keep_only(&spec, &kept);
+        store.check_directory(&spec);
+        store.check_again();
+        store.driver.write(&spec, 50_000 * seed, 1000, seed).expect("a write");
+        let made = store.back_up(&spec);
+        made.assert_upon(&newest);
+        newest = made;
+    }
+    let [oldest, _] = store.points() else { panic!("two points") };
+    assert_eq!(oldest.manifest["unverified"], serde_json::json!(["1700086400"]));
+    store.check_again();
     store.purge(&spec);
 }

@@ -245,7 +245,9 @@ impl Store {
             }
             stays
         });
-        for made in self.points.iter_mut().filter(|made| made.spec == *spec) {
+        // The Python tool's points have no manifest, before and after.
+        let ours = |made: &&mut Made| made.spec == *spec && !made.manifest.is_null();
+        for made in self.points.iter_mut().filter(ours) {
             made.manifest = read_json(&made.file.with_extension("json"));
         }
     }
@@ -262,7 +264,7 @@ impl Store {
         self.points.retain(|made| !damaged.iter().any(|damaged| damaged.file == made.file));
     }
 
-    /// A frozen file is a left-over and shall go.
+    /// A frozen file may change, or shall go: it is a left-over, or a layer that is pruned or merged.
     pub fn expect_removal(&mut self, path: &Path) {
         self.frozen.remove(path).expect("a frozen file");
     }

@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::text::{HEX_PREFIX, from_text};
 use super::*;
 
 /// A record of an image of `virtual_size` bytes in which every optional thing is set.
@@ -58,6 +59,7 @@ fn sample() -> Manifest {
         layer_bytes: 200_704,
         digests: DigestsInfo { bytes: 152, blake3: blake3::hash(b"digests") },
         hold: None,
+        unverified: BTreeSet::new(),
     }
 }
 
@@ -141,6 +143,24 @@ fn a_hold_comes_and_goes_and_leaves_the_rest_as_it_was() {
 }
 
 #[test]
+fn what_nobody_verified_is_remembered_and_left_out_where_there_is_nothing() {
+    let whole = sample().to_bytes().expect("valid");
+    assert!(!String::from_utf8(whole).expect("text").contains("unverified"));
+    let taken = BTreeSet::from([point("1795368792"), point("1795368999"), point("20261122T173312Z")]);
+    let manifest = Manifest { unverified: taken, ..sample() };
+    let bytes = manifest.to_bytes().expect("valid");
+    assert_eq!(parse(&bytes).expect("valid"), manifest);
+    let names = "[\n    \"1795368792\",\n    \"20261122T173312Z\",\n    \"1795368999\"\n  ]";
+    let text = String::from_utf8(bytes.clone()).expect("text");
+    assert!(text.contains(&format!("\"unverified\": {names}")), "{text}");
+    // A hold leaves it as it is, and so does its end.
+    let hold = Hold { reason: "the audit".to_owned(), since: jiff::Timestamp::UNIX_EPOCH };
+    let held = with_hold(&bytes, &sample().image, sample().point, Some(&hold)).expect("held");
+    assert_eq!(parse(&held).expect("valid"), Manifest { hold: Some(hold), ..manifest });
+    assert_eq!(with_hold(&held, &sample().image, sample().point, None).expect("released"), bytes);
+}
+
+#[test]
 fn another_format_is_named() {
     for format in [serde_json::json!(2), serde_json::json!("1"), Value::Null, serde_json::json!(1.0)] {
         let error = parse(&edited(|value| value["format"] = format)).expect_err("another format");
@@ -153,7 +173,7 @@ fn another_format_is_named() {
 #[test]
 fn impossible_values_are_rejected() {
     type Edit = fn(&mut Value);
-    let edits: [(&str, Edit); 16] = [
+    let edits: [(&str, Edit); 20] = [
         ("chain", |value| value["chain"] = "C0FFEE00".into()),
         ("point", |value| value["point"] = "yesterday".into()),
         ("parent", |value| value["parent"] = "20261123T173307Z".into()),
@@ -169,6 +189,10 @@ fn impossible_values_are_rejected() {
         ("cluster_size", |value| value["cluster_size"] = (4 << 20).into()),
         ("digests.blake3", |value| value["digests"]["blake3"] = "00".into()),
         ("hold.since", |value| value["hold"] = serde_json::json!({"reason": "", "since": "today"})),
+        ("unverified", |value| value["unverified"] = serde_json::json!(["yesterday"])),
+        ("unverified", |value| value["unverified"] = serde_json::json!(["20261123T173307Z"])),
+        ("unverified", |value| value["unverified"] = serde_json::json!(["1795368999", "1795368792"])),
+        ("unverified", |value| value["unverified"] = serde_json::json!(["1795368999", "1795368999"])),
         ("metadata", |value| value["metadata"]["note"] = "hex:61".into()),
     ];
     for (expected, edit) in edits {

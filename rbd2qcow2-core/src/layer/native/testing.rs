@@ -132,6 +132,18 @@ pub(crate) fn write_with(
     digests: &DigestWriter,
 ) -> NativeLayer {
     let layer = NativeLayer::create(spec, Compressors::default()).expect("created");
+    fill_layer(&layer, content, base, block, digests);
+    layer
+}
+
+/// Has a layer of any kind written, which makes `content` out of what `base` says.
+pub(crate) fn fill_layer(
+    layer: &dyn LayerWriter,
+    content: &[u8],
+    base: Option<&[u8]>,
+    block: usize,
+    digests: &DigestWriter,
+) {
     let source = MemorySource {
         content: content.to_vec(),
         base: base.map(<[u8]>::to_vec),
@@ -141,7 +153,7 @@ pub(crate) fn write_with(
     let (cancel, progress) = (Cancel::new(), Progress::default());
     let copy = Copy {
         source: &source,
-        layer: &layer,
+        layer,
         root: base.is_none(),
         digests: Some(digests),
         buffers: &BufferPool::new(4 << 20),
@@ -153,7 +165,6 @@ pub(crate) fn write_with(
     };
     copy.run().expect("copied");
     layer.finish().expect("finished");
-    layer
 }
 
 /// The digests cover what the layer holds, no more and no less.

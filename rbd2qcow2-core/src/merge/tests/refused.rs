@@ -10,14 +10,18 @@ use crate::layer::{Compression, ExtendedL2};
 use crate::testing::plain;
 
 /// Writes into a file that is read-only.
-fn write_at(path: &Path, bytes: &[u8], offset: u64) {
+pub(super) fn write_at(path: &Path, bytes: &[u8], offset: u64) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).expect("writable");
     let file = fs::File::options().write(true).open(path).expect("opened");
     file.write_all_at(bytes, offset).expect("written");
     fs::set_permissions(path, fs::Permissions::from_mode(0o400)).expect("read-only");
 }
 
-fn merge(fixture: &Fixture, child: PointName, parent: Option<PointName>) -> Result<(), MergeError> {
+pub(super) fn merge(
+    fixture: &Fixture,
+    child: PointName,
+    parent: Option<PointName>,
+) -> Result<(), MergeError> {
     let merge = Merge {
         writer: &fixture.writer(),
         child,
@@ -30,7 +34,7 @@ fn merge(fixture: &Fixture, child: PointName, parent: Option<PointName>) -> Resu
     merge.run()
 }
 
-fn contents(directory: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+pub(super) fn contents(directory: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
     let entries = fs::read_dir(directory).expect("listed").map(|entry| entry.expect("an entry"));
     let mut files: Vec<_> =
         entries.map(|entry| (entry.file_name(), fs::read(entry.path()).expect("read"))).collect();
@@ -39,13 +43,13 @@ fn contents(directory: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
 }
 
 /// Flips a bit of some data that the file holds once.
-fn rot(path: &Path, data: &[u8]) {
+pub(super) fn rot(path: &Path, data: &[u8]) {
     let bytes = fs::read(path).expect("read");
     let at = bytes.windows(data.len()).position(|window| window == data).expect("stored as it is");
     write_at(path, &[data[7] ^ 1], at as u64 + 7);
 }
 
-fn noise(seed: u32) -> Vec<u8> {
+pub(super) fn noise(seed: u32) -> Vec<u8> {
     (0..1_u32 << 16).map(|index| (index.wrapping_add(seed).wrapping_mul(2_654_435_761) >> 11) as u8).collect()
 }
 
