@@ -82,14 +82,20 @@ impl Fixture {
 
     /// Makes a point as this program does.
     pub(crate) fn back_up(&mut self, form: &Form, content: Vec<u8>) {
-        self.back_up_with(form, content, "native", |spec, content, base, digests| {
+        self.back_up_upon(self.points.len().checked_sub(1), form, content);
+    }
+
+    /// Makes a point that builds upon the one of this number: several may build upon one.
+    pub(crate) fn back_up_upon(&mut self, parent: Option<usize>, form: &Form, content: Vec<u8>) {
+        self.back_up_with(parent, form, content, "native", |spec, content, base, digests| {
             write_with(spec, content, base, form.block, digests).grain() < u64::from(spec.cluster_size)
         });
     }
 
     /// Makes a point as this program does when QEMU writes the layers.
     pub(crate) fn back_up_by_qemu(&mut self, tools: &QemuTools, form: &Form, content: Vec<u8>) {
-        self.back_up_with(form, content, "qemu-nbd", |spec, content, base, digests| {
+        let parent = self.points.len().checked_sub(1);
+        self.back_up_with(parent, form, content, "qemu-nbd", |spec, content, base, digests| {
             let options = QemuNbdOptions { tools: tools.clone(), ..QemuNbdOptions::default() };
             let layer = QemuNbdLayer::create(spec, options).expect("created");
             fill_layer(&layer, content, base, form.block, digests);
@@ -100,6 +106,7 @@ impl Fixture {
     /// `write` makes the layer, and tells whether it has extended L2 entries.
     fn back_up_with(
         &mut self,
+        parent: Option<usize>,
         form: &Form,
         content: Vec<u8>,
         made_by: &str,
@@ -109,11 +116,12 @@ impl Fixture {
         let time = jiff::Timestamp::from_second(self.next_second()).expect("a time");
         let point = PointName::at(time).expect("a name");
         let cluster_size = 1 << form.cluster_bits;
-        let parent = writer.catalogue().newest();
+        let parent = parent.map(|index| &self.points[index]);
+        let base = parent.map(|(_, content)| content.as_slice());
+        let parent = parent.map(|(name, _)| writer.catalogue().point(*name).expect("there"));
         let pending = writer.begin(LayerPlan { point, parent, cluster_size }).expect("begun");
         let mut spec = spec_of(self.dest.path(), "layer", content.len(), pending.backing_name(), form);
         spec.path = pending.layer_path().to_owned();
-        let base = self.points.last().map(|(_, content)| content.as_slice());
         let extended_l2 = write(&spec, &content, base, pending.digests());
         let record = Record {
             cluster_size,

@@ -242,8 +242,8 @@ pub(crate) struct LayerReport {
     pub(crate) has_digests: bool,
 }
 
-/// Verifies all content of the layers of some points of an image, whose lock the caller holds. Reports on
-/// them in this order, and ends with the first layer that is damaged. What the catalogue has found is not
+/// Verifies all content of the layers of some points of an image, whose lock the caller holds: those of a
+/// chain, the newest first, with their bases. Reports on them in this order, and ends with the first layer that is damaged. What the catalogue has found is not
 /// repeated.
 ///
 /// # Errors
@@ -263,11 +263,21 @@ pub(crate) fn verify_layers(
         cancel,
     };
     let mut reports = Vec::new();
+    let mut above: Option<&Point> = None;
     for point in points {
         let verdict = layer::verify(point, &run)?;
-        let finding = verdict.findings.into_iter().next();
+        let mut finding = verdict.findings.into_iter().next();
+        let mut has_digests = verdict.verifiable && point.manifest.is_some();
+        if let Some(above) = above.filter(|above| above.base == Some(point.name)) {
+            // Where it has begun to take over what is above, it differs from its digests, and from its
+            // refcounts, in ways that nobody sees. Its manifest is gone, and that of the point above tells
+            // what it took over.
+            finding =
+                finding.filter(|_| !affected::seen_through(above, &verdict.damage.into_ranges()).is_empty());
+            has_digests = verdict.verifiable;
+        }
+        above = Some(point);
         let damaged = finding.is_some();
-        let has_digests = verdict.verifiable && point.manifest.is_some();
         reports.push(LayerReport { finding, has_digests });
         if damaged {
             break;

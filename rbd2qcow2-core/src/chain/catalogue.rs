@@ -254,6 +254,11 @@ impl Catalogue {
         self.directory.join(self.file_of(point, kind).file_name())
     }
 
+    /// Where a file of a point is while its layer outlives it.
+    pub(crate) fn base_path(&self, point: PointName, kind: FileKind) -> PathBuf {
+        self.directory.join(self.file_of(point, kind).base_name())
+    }
+
     /// Parents come before their children, so one pass suffices.
     fn find_soundness(&mut self) {
         for index in 0..self.points.len() {

@@ -93,7 +93,12 @@ impl ChainWriter {
         };
         let below = match onto {
             Onto::Point(parent) => {
-                parent.map(find).transpose()?;
+                let is_point = |parent| find(parent).map(|_| self.catalogue.point(parent).is_some());
+                if let Some(parent) = parent
+                    && !is_point(parent)?
+                {
+                    return Err(self.unsound(parent, self.catalogue.no_such_point(parent)));
+                }
                 Link { parent, base: None }
             }
             Onto::Base(base) => Link { parent: find(base)?.parent, base: Some(base) },

@@ -20,6 +20,7 @@ mod mixed;
 mod packed;
 mod python;
 mod refused;
+mod reuse;
 mod unclear;
 
 impl Fixture {
@@ -178,11 +179,12 @@ fn merge_around(
     let names: Vec<_> = writer.catalogue().points().iter().map(|point| point.name).collect();
     for name in names.into_iter().filter(|name| !gone.contains(name)) {
         let below = writer.catalogue().ancestry(name).expect("sound");
-        let direct = below.get(1).is_some_and(|parent| gone.contains(&parent.name));
-        if !direct {
+        if !below[0].parent.is_some_and(|parent| gone.contains(&parent)) {
             continue;
         }
-        let parent = below[1..].iter().map(|point| point.name).find(|name| !gone.contains(name));
+        // Bases are not points.
+        let stays = |name: &PointName| !gone.contains(name) && writer.catalogue().point(*name).is_some();
+        let parent = below[1..].iter().map(|point| point.name).find(stays);
         merge(writer, name, parent, reuse)?;
         writer.refresh()?;
     }
@@ -281,7 +283,11 @@ fn crash_at_every_step_of_a_chain_begun_by_python(python: usize, gone: &[usize],
             // Putting in order is the next writer's, who may die too.
             drop(fixture.writer());
             fixture.check_content();
+            // Somebody may have open what is left, so that it must be copied, in whatever state it is.
+            let base = fixture.catalogue().bases().first().map(|base| base.path.clone());
+            let reader = base.filter(|_| at % 4 == 0).map(|path| fs::File::open(path).expect("opened"));
             fixture.complete().expect("completed");
+            drop(reader);
             let there = fixture.check_content();
             fixture.check_all(&there);
             fixture
@@ -306,7 +312,6 @@ fn crashes_at_every_step_harm_nothing_where_a_point_becomes_a_full_one() {
 
 #[test]
 fn crashes_at_every_step_harm_nothing_where_a_layer_is_reused() {
-    crash_at_every_step(&[0], Reuse::Always);
     crash_at_every_step(&[0, 1], Reuse::Always);
 }
 

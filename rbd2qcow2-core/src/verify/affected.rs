@@ -38,7 +38,7 @@ pub(super) fn affected(
 }
 
 /// What of `ranges` a point shows of the layers below its own.
-fn seen_through(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(super) fn seen_through(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     // A layer that cannot be opened shows nothing; its point is damaged on its own account.
     let Ok(layer) = LayerReader::open(&point.path) else { return Vec::new() };
     let mut seen = Vec::new();

@@ -86,11 +86,6 @@ impl Catalogue {
         }
     }
 
-    /// Where a file of a point is while its layer outlives it.
-    pub(crate) fn base_path(&self, point: PointName, kind: FileKind) -> PathBuf {
-        self.directory.join(self.file_of(point, kind).base_name())
-    }
-
     /// The manifest that a merge has put beside the other, if the layer is that of the merge: it builds
     /// upon something else than before.
     fn merged_manifest(&self, name: PointName, files: &OfPoint, link: Option<Link>) -> Option<Manifest> {

@@ -1,4 +1,4 @@
-use std::fs::File;
+use std::fs::{self, File};
 use std::process::Command;
 
 use super::*;
