@@ -45,9 +45,10 @@ impl Faulty {
 
     /// Puts `above` into the file.
     fn absorb(&self, above: &LayerReader) -> Result<(), AbsorbError> {
-        let (below, cancel) = (self.reader(), Cancel::new());
-        let mut absorb = Absorb::new(self, &below, above, &cancel)?;
+        let (below, progress, cancel) = (self.reader(), Amount::default(), Cancel::new());
+        let mut absorb = Absorb::new(self, &below, above, &progress, &cancel)?;
         absorb.copy()?;
+        assert_eq!(progress.done.get(), progress.total.get());
         absorb.switch()?;
         absorb.finish(&self.reader())
     }
