@@ -1,6 +1,5 @@
 //! Progress bars: one for each image under way and one for the whole run.
 
-use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,9 +8,13 @@ use rbd2qcow2_core::progress::{Progress, Stage};
 
 use crate::{human, stages};
 
-mod verify;
+mod amount;
+mod merge;
+mod moving;
 
-pub use verify::VerifyBar;
+pub use amount::tick_amount;
+pub use merge::MergeTicks;
+pub use moving::{Moving, image_bar};
 
 /// Steps of the total's bar for each image. Sizes of images that were not begun are unknown, so the
 /// total counts images, each in so many parts.
@@ -148,42 +151,52 @@ impl Bars {
 impl Running {
     /// Brings the image's bar up to date.
     fn tick(&self) {
-        let (size, done, read) = (self.progress.size.get(), self.done(), self.progress.read.get());
-        self.reads.set_position(read);
-        self.reads.tick();
-        // A bar of no length would look full while the size is still unknown.
-        self.bar.set_length(size.max(1));
-        self.bar.set_position(done);
-        let mut message = stages::word(self.stage).to_owned();
+        let word = stages::word(self.stage);
         if self.stage == Stage::Copy {
-            // Writing to a string cannot fail.
-            let _ = write!(
-                message,
-                " {} read, {}{}; at {} of {}",
-                HumanBytes(read),
-                human::speed(self.reads.per_sec()),
-                remaining(&self.bar),
-                HumanBytes(done),
-                HumanBytes(size),
-            );
+            tick_copy(&self.bar, &self.reads, word, &self.progress);
+        } else {
+            advance(&self.bar, &self.reads, &self.progress);
+            self.bar.set_message(word);
+            self.bar.tick();
         }
-        self.bar.set_message(message);
-        self.bar.tick();
-    }
-
-    /// Bytes of the image that nothing is left to do for: compared, and read where they must be. The
-    /// comparison runs ahead of the reads, so it alone would show an end that is far off.
-    fn done(&self) -> u64 {
-        let progress = &self.progress;
-        let waiting = progress.to_read.get().saturating_sub(progress.read.get());
-        progress.scanned.get().saturating_sub(waiting).min(progress.size.get())
     }
 
     /// How much of the image is done, in [`PARTS`].
     fn parts(&self) -> u64 {
-        let parts = u128::from(self.done()) * u128::from(PARTS) / u128::from(self.progress.size.get().max(1));
+        let done = u128::from(done(&self.progress));
+        let parts = done * u128::from(PARTS) / u128::from(self.progress.size.get().max(1));
         u64::try_from(parts).unwrap_or(PARTS)
     }
+}
+
+/// Brings a bar up to date that shows a copy, whose reads have their rate in `reads`. `word` tells what it
+/// is.
+fn tick_copy(bar: &ProgressBar, reads: &ProgressBar, word: &str, progress: &Progress) {
+    advance(bar, reads, progress);
+    bar.set_message(format!(
+        "{word} {} read, {}{}; at {} of {}",
+        HumanBytes(progress.read.get()),
+        human::speed(reads.per_sec()),
+        remaining(bar),
+        HumanBytes(done(progress)),
+        HumanBytes(progress.size.get()),
+    ));
+    bar.tick();
+}
+
+fn advance(bar: &ProgressBar, reads: &ProgressBar, progress: &Progress) {
+    reads.set_position(progress.read.get());
+    reads.tick();
+    // A bar of no length would look full while the size is still unknown.
+    bar.set_length(progress.size.get().max(1));
+    bar.set_position(done(progress));
+}
+
+/// Bytes of the image that nothing is left to do for: compared, and read where they must be. The
+/// comparison runs ahead of the reads, so it alone would show an end that is far off.
+fn done(progress: &Progress) -> u64 {
+    let waiting = progress.to_read.get().saturating_sub(progress.read.get());
+    progress.scanned.get().saturating_sub(waiting).min(progress.size.get())
 }
 
 /// What a bar looks like. The message is cut where the terminal ends: on 80 columns an image's message

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use indicatif::HumanBytes;
+use indicatif::{HumanBytes, ProgressBar};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rbd2qcow2_core::chain::{self, ChainError, ImageName};
@@ -11,12 +11,17 @@ use rbd2qcow2_core::prune::{Action, Decision, Plan, PlanError, PruneError, Prune
 use serde::Serialize;
 
 use crate::args::{OutputArgs, PruneArgs};
+use crate::bars::Moving;
 use crate::console::Console;
 use crate::human::{self, count};
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
 use crate::points::{self, NotFound};
 use crate::{names, signals};
+
+mod watch;
+
+use watch::Watch;
 
 /// Why an image was not pruned. The others are.
 #[derive(Debug, thiserror::Error)]
@@ -83,11 +88,12 @@ pub fn run(args: &PruneArgs, output: &OutputArgs, console: &Console) -> Result<O
     let (zone, now) = (local_zone(), Timestamp::now());
     let mut totals = Totals::default();
     for (image, wanted) in &wanted {
-        let prune = PruneImage { dest: &args.dest, image, wanted, zone: &zone, now, cancel: &cancel };
+        let (dest, zone, cancel) = (&args.dest, &zone, &cancel);
+        let prune = PruneImage { dest, image, wanted, zone, now, observer: &(), cancel };
         let result = match (cancel.is_set(), args.dry_run) {
             (true, _) => Err(PruneError::Cancelled),
             (false, true) => prune.plan(),
-            (false, false) => prune.run(),
+            (false, false) => run_watched(&prune, &Watch::new(console, output, image))?,
         };
         let plan = match result {
             Ok(plan) => plan,
@@ -114,6 +120,18 @@ pub fn run(args: &PruneArgs, output: &OutputArgs, console: &Console) -> Result<O
         console.line(&totals.told(args.dry_run));
     }
     Ok(if failures.is_empty() { Outcome::Done } else { Outcome::Failed })
+}
+
+/// Prunes an image while people see how far that is.
+///
+/// # Errors
+/// No thread could be made. Whatever is wrong with the image is in the inner result.
+fn run_watched(prune: &PruneImage<'_>, watch: &Watch<'_>) -> Result<Result<Plan, PruneError>, CommandError> {
+    std::thread::scope(|scope| {
+        let tick = |bar: &ProgressBar| watch.tick(bar);
+        let _bar = Moving::start(watch.bar(), scope, tick).map_err(CommandError::Threads)?;
+        Ok(PruneImage { observer: watch, ..*prune }.run())
+    })
 }
 
 /// What is to go of each image, and which names mean nothing.

@@ -1,10 +1,11 @@
-//! The stages of one image's backup and their rates, so that a slow one can be named.
+//! The stages of one image's backup, or of a merge, and their rates, so that a slow one can be named.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use indicatif::HumanBytes;
-use rbd2qcow2_core::progress::{ImageReport, Stage};
+use rbd2qcow2_core::merge::MergeProgress;
+use rbd2qcow2_core::progress::{Amount, ImageReport, Progress, Stage};
 
 use crate::human;
 
@@ -14,19 +15,21 @@ pub fn word(stage: Stage) -> &'static str {
         Stage::Prepare => "prepare",
         Stage::Snapshot => "snapshot",
         Stage::Empty => "empty",
+        Stage::Verify => "verify",
         Stage::Copy => "copy",
+        Stage::TakeOver => "take over",
         Stage::Commit => "commit",
         Stage::CleanUp => "clean up",
         _ => "other",
     }
 }
 
-/// When an image reached its stages.
+/// When an image, or a merge, reached its stages.
 #[derive(Debug, Default)]
 pub struct StageClock(Vec<(Stage, Instant)>);
 
 impl StageClock {
-    /// The image has reached a stage.
+    /// It has reached a stage.
     pub fn reached(&mut self, stage: Stage, now: Instant) {
         self.0.push((stage, now));
     }
@@ -36,25 +39,50 @@ impl StageClock {
         let ends = self.0.iter().skip(1).map(|&(_, start)| start).chain([end]);
         self.0.iter().zip(ends).map(|(&(stage, start), end)| (stage, end.saturating_duration_since(start)))
     }
+
+    /// How long a stage took in all, when the last ended at `end`.
+    fn time_of(&self, wanted: Stage, end: Instant) -> Duration {
+        self.times(end).filter(|(stage, _)| *stage == wanted).map(|(_, time)| time).sum()
+    }
 }
 
 /// Tells how long each stage took, and what the threads of the copy waited for.
 pub fn describe(report: &ImageReport, clock: &StageClock, end: Instant) -> String {
-    let times: Vec<_> = clock.times(end).collect();
-    let mut text = format!("{}: ", human::name(&report.image));
-    let words: Vec<_> =
-        times.iter().map(|&(stage, time)| format!("{} {}", word(stage), human::duration(time))).collect();
-    text.push_str(&words.join(", "));
-    let copy = times.iter().filter(|(stage, _)| *stage == Stage::Copy).map(|(_, time)| *time).sum();
-    if copy > Duration::ZERO {
-        describe_copy(&mut text, report, copy);
-    }
+    let mut text = times_told(&human::name(&report.image), clock, end);
+    describe_copy(&mut text, &report.progress, clock.time_of(Stage::Copy, end));
     text
 }
 
+/// Tells how long each stage of a merge into `point` took, and how fast it was.
+pub fn describe_merge(point: &str, progress: &MergeProgress, clock: &StageClock, end: Instant) -> String {
+    let mut text = times_told(point, clock, end);
+    describe_amount(&mut text, "verify ", &progress.verify, clock.time_of(Stage::Verify, end));
+    describe_copy(&mut text, &progress.copy, clock.time_of(Stage::Copy, end));
+    describe_amount(&mut text, "take over", &progress.take_over, clock.time_of(Stage::TakeOver, end));
+    text
+}
+
+/// Tells how long each stage took.
+fn times_told(name: &str, clock: &StageClock, end: Instant) -> String {
+    let told = |(stage, time)| format!("{} {}", word(stage), human::duration(time));
+    let words: Vec<_> = clock.times(end).map(told).collect();
+    format!("{name}: {}", words.join(", "))
+}
+
+/// Tells how much was done, and how fast.
+fn describe_amount(text: &mut String, word: &str, amount: &Amount, wall: Duration) {
+    let done = amount.done.get();
+    if done > 0 {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "\n  {word} {} at {}", HumanBytes(done), human::rate(done, wall));
+    }
+}
+
 /// Tells what went through the copy, how fast, and which step kept its threads busy.
-fn describe_copy(text: &mut String, report: &ImageReport, wall: Duration) {
-    let counters = &report.progress;
+fn describe_copy(text: &mut String, counters: &Progress, wall: Duration) {
+    if wall.is_zero() {
+        return;
+    }
     let waits = [counters.diff_nanos.time(), counters.read_nanos.time(), counters.write_nanos.time()];
     let all: Duration = waits.iter().sum();
     let busy = waits.map(|wait| {
@@ -114,6 +142,34 @@ mod tests {
              diff    8.00 GiB at 4.00 GiB/s, 3 extents of data and 0 of zeroes; 0.5 threads busy, 5% of all\n  \
              reads   2.00 GiB at 1.00 GiB/s; 9.0 threads busy, 90% of all\n  \
              writes  1.00 GiB of data at 512.00 MiB/s, 4.00 KiB of zeroes; 0.5 threads busy, 5% of all"
+        );
+    }
+
+    #[test]
+    fn the_slow_stage_of_a_merge_can_be_named() {
+        let progress = MergeProgress::default();
+        let start = Instant::now();
+        let mut clock = StageClock::default();
+        clock.reached(Stage::Prepare, start);
+        clock.reached(Stage::Verify, start);
+        clock.reached(Stage::Copy, start + Duration::from_secs(2));
+        clock.reached(Stage::Commit, start + Duration::from_secs(3));
+        progress.verify.done.add(1 << 30);
+        progress.copy.read.add(1 << 20);
+        progress.copy.data.add(1 << 20);
+        let told = describe_merge("vm@20261122T173312Z", &progress, &clock, start + Duration::from_secs(3));
+        let begin = "vm@20261122T173312Z: prepare 0.0s, verify 2.0s, copy 1.0s, commit 0.0s\n  \
+                     verify  1.00 GiB at 512.00 MiB/s\n  diff ";
+        assert!(told.starts_with(begin) && !told.contains("take over"), "{told}");
+        assert!(told.contains("\n  writes  1.00 MiB of data at 1.00 MiB/s"), "{told}");
+
+        let mut clock = StageClock::default();
+        let progress = MergeProgress::default();
+        clock.reached(Stage::TakeOver, start);
+        progress.take_over.done.add(4 << 20);
+        assert_eq!(
+            describe_merge("vm", &progress, &clock, start + Duration::from_secs(2)),
+            "vm: take over 2.0s\n  take over 4.00 MiB at 2.00 MiB/s"
         );
     }
 

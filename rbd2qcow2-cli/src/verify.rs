@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use indicatif::ProgressBar;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::{self, ImageName, PointName};
 use rbd2qcow2_core::error::Causes;
@@ -15,7 +16,7 @@ use rbd2qcow2_core::verify::{
 use serde::Serialize;
 
 use crate::args::{OutputArgs, VerifyArgs};
-use crate::bars::VerifyBar;
+use crate::bars::{self, Moving};
 use crate::console::Console;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
@@ -146,9 +147,10 @@ fn verify(
         progress: &progress,
         cancel,
     };
+    let bar = console.bars().map(|bars| bars::image_bar(bars, image.as_str()));
     std::thread::scope(|scope| {
-        let _bar = VerifyBar::start(console.bars(), image.as_str(), &progress, scope)
-            .map_err(VerifyError::Thread)?;
+        let tick = |bar: &ProgressBar| bars::tick_amount(bar, "verify", &progress);
+        let _bar = Moving::start(bar.as_ref(), scope, tick).map_err(VerifyError::Thread)?;
         verify.run()
     })
 }

@@ -14,8 +14,8 @@
 //! pipeline. Or it is not brought anywhere: [`serve`] has QEMU show a point as a disk.
 //!
 //! The library never prints, never exits the process, keeps no global state, logs only through
-//! [`log`], reports progress through [`progress::Observer`] and stops soon after a
-//! [`cancel::Cancel`] is set.
+//! [`log`], reports progress through [`progress::Observer`] and [`merge::MergeObserver`], and stops soon
+//! after a [`cancel::Cancel`] is set.
 //!
 //! # Features
 //! `rbd` (default): what needs librbd. Without it the crate still reads and writes chains, restores

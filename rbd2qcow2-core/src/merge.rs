@@ -27,7 +27,7 @@ use crate::copy::{self, Copy, CopyError};
 use crate::extent::{Extent, ExtentKind, align};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter};
-use crate::progress::Progress;
+use crate::progress::Stage;
 use crate::qcow2::absorb::{self, AbsorbError};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
@@ -39,8 +39,10 @@ use crate::verify::{Finding, LayerReport, VerifyError, verify_layers};
 
 mod absorbing;
 mod packed;
+mod progress;
 
 use packed::MergedClusters;
+pub use progress::{MergeObserver, MergeProgress, Turn, Way};
 
 /// The least memory for image data that a merge works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -188,7 +190,9 @@ pub struct Merge<'a> {
     /// What packs clusters.
     pub compressors: &'a Compressors,
     /// Is counted up, from 0.
-    pub progress: &'a Progress,
+    pub progress: &'a MergeProgress,
+    /// Is told of the stages.
+    pub observer: &'a dyn MergeObserver,
     /// Asks for a stop.
     pub cancel: &'a Cancel,
 }
@@ -218,7 +222,8 @@ struct Method {
 }
 
 impl Merge<'_> {
-    /// Verifies what it is made of, writes the new layer and puts it into the old one's place. Blocks.
+    /// Verifies what it is made of, writes the new layer and puts it into the old one's place; and tells how
+    /// that was done. Blocks.
     ///
     /// Where the oldest layer of those that are to be one is large, and the others are small, it is not
     /// copied: the others are put into one above it, and it becomes the child's *base*, which keeps its
@@ -232,12 +237,16 @@ impl Merge<'_> {
     ///
     /// # Errors
     /// [`MergeError`]. Damage in what would be copied is one.
-    pub fn run(&self) -> Result<(), MergeError> {
+    pub fn run(&self) -> Result<Way, MergeError> {
         let points = self.points()?;
         let child = points[0];
-        if child.base.is_some() && child.parent == self.parent && self.absorb(child)? {
-            return Ok(());
+        if child.base.is_some()
+            && child.parent == self.parent
+            && let Some(way) = self.absorb(child)?
+        {
+            return Ok(way);
         }
+        self.observer.stage(Stage::Prepare);
         let merged = match self.parent {
             None => points.len(),
             Some(parent) => points.iter().position(|point| point.name == parent).unwrap_or(points.len()),
@@ -254,9 +263,11 @@ impl Merge<'_> {
         let survey = self.survey(&MergedSource::new(&chain, layers), &spec)?;
         let whole = Method { layers, points: merged, onto: Onto::Point(self.parent), spec, survey };
         if can_absorb && let Some(method) = self.onto_base(&points, &chain, &whole)? {
-            return self.write_onto_base(&points, &chain, &method);
+            self.write_onto_base(&points, &chain, &method)?;
+            return Ok(Way::UponBase);
         }
-        self.write(&points, &chain, &whole)
+        self.write(&points, &chain, &whole)?;
+        Ok(Way::Copied)
     }
 
     /// Whether the oldest of these points can be reused, as far as that is told without its layer.
@@ -329,6 +340,7 @@ impl Merge<'_> {
         let pending = self.writer.begin_merge(self.child, method.onto, spec.cluster_size)?;
         // Of the layers below only what shares a grain with what is merged is copied.
         let read = if method.survey.edges { points.len() } else { method.points };
+        self.observer.stage(Stage::Verify);
         let mut unverified = self.verify(&points[..read], pending.manifest().is_some())?;
         if let Onto::Base(_) = method.onto {
             // Its manifest will be gone.
@@ -344,17 +356,20 @@ impl Merge<'_> {
         let layer = NativeLayer::create(&spec, self.compressors.clone()).map_err(failed)?;
         let packed = MergedClusters { chain: chain.clone(), merged: method.layers };
         let layer = layer.with_packed(Arc::new(packed));
+        self.observer.stage(Stage::Copy);
         self.copy(&source, &layer, method.onto == Onto::Point(None), pending.digests())?;
         let extended_l2 = layer.grain() < u64::from(spec.cluster_size);
         drop(layer);
         if self.cancel.is_set() {
             return Err(MergeError::Cancelled);
         }
+        self.observer.stage(Stage::Commit);
+        let copied = &self.progress.copy;
         let record = pending.manifest().map(|manifest| Record {
-            data_extents: self.progress.data_extents.get(),
-            data_bytes: self.progress.data.get(),
-            zero_extents: self.progress.zero_extents.get(),
-            zero_bytes: self.progress.zero.get(),
+            data_extents: copied.data_extents.get(),
+            data_bytes: copied.data.get(),
+            zero_extents: copied.zero_extents.get(),
+            zero_bytes: copied.zero.get(),
             writer: "native".to_owned(),
             compression: spec.compression.to_string(),
             cluster_size: spec.cluster_size,
@@ -425,7 +440,8 @@ impl Merge<'_> {
     /// points has taken over from such.
     fn verify(&self, points: &[&Point], with_digests: bool) -> Result<BTreeSet<PointName>, MergeError> {
         let image = self.writer.catalogue().image();
-        let reports = verify_layers(image, points, self.cancel).map_err(|cause| match cause {
+        let reports = verify_layers(image, points, &self.progress.verify, self.cancel);
+        let reports = reports.map_err(|cause| match cause {
             VerifyError::Cancelled => MergeError::Cancelled,
             cause => MergeError::Verify { point: self.child, cause },
         })?;
@@ -484,7 +500,7 @@ impl Merge<'_> {
             buffers: &BufferPool::new(self.options.memory.max(LEAST_MEMORY)),
             rate_limit: None,
             parallel: self.options.parallel,
-            progress: self.progress,
+            progress: &self.progress.copy,
             cancel: self.cancel,
             stop: &self.cancel.part(),
         };

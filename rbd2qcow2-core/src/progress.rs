@@ -38,6 +38,15 @@ pub struct Progress {
     pub write_nanos: Counter,
 }
 
+/// How much of something is done, in bytes. Both only ever grow.
+#[derive(Debug, Default)]
+pub struct Amount {
+    /// What there is to do, as far as that is known.
+    pub total: Counter,
+    /// What is done. Reaches the total when nothing is left to do.
+    pub done: Counter,
+}
+
 /// A number that many threads add to.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -66,7 +75,7 @@ impl Counter {
     }
 }
 
-/// What a backup or a restore of one image is doing.
+/// What a backup, a restore or a merge of one image is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Stage {
@@ -76,8 +85,12 @@ pub enum Stage {
     Snapshot,
     /// Removing what an existing image holds where the point that is restored has nothing.
     Empty,
+    /// Holding layers that are to be merged against their digests.
+    Verify,
     /// Comparing, reading and writing.
     Copy,
+    /// Having a layer take over in place what the one above it holds.
+    TakeOver,
     /// Bringing the point to stable storage.
     Commit,
     /// Removing snapshots that are no longer needed.

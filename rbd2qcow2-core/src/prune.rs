@@ -10,6 +10,7 @@ use jiff::tz::TimeZone;
 
 use crate::cancel::Cancel;
 use crate::chain::{Catalogue, ChainWriter, ImageName, image_directory};
+use crate::merge::MergeObserver;
 
 mod error;
 pub mod plan;
@@ -29,7 +30,7 @@ mod merged_tests;
 mod tests;
 
 /// Points of one image that are to go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct PruneImage<'a> {
     /// The directory that holds a directory for each image.
     pub dest: &'a Path,
@@ -41,6 +42,8 @@ pub struct PruneImage<'a> {
     pub zone: &'a TimeZone,
     /// The time: what lies after it is a mistake of some clock.
     pub now: Timestamp,
+    /// Is told how the merges go; `&()` looks away.
+    pub observer: &'a dyn MergeObserver,
     /// Asks for a stop.
     pub cancel: &'a Cancel,
 }
@@ -76,14 +79,14 @@ impl PruneImage<'_> {
         }
         // This completes what a run that was cut short has left.
         let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
-        let completed = take_over::complete(&mut writer, self.cancel);
+        let completed = take_over::complete(&mut writer, self.observer, self.cancel);
         let plan = self.plan_for(writer.catalogue())?;
         remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
         writer.refresh()?;
-        take_over::merge_and_forget(&mut writer, &plan, self.cancel)?;
+        take_over::merge_and_forget(&mut writer, &plan, self.observer, self.cancel)?;
         // What hindered that may be gone with some points: a full disk, for instance.
-        completed.or_else(|_| take_over::complete(&mut writer, self.cancel))?;
+        completed.or_else(|_| take_over::complete(&mut writer, self.observer, self.cancel))?;
         Ok(plan)
     }
 

@@ -14,7 +14,7 @@ use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
 use crate::chain::names::PointFile;
 use crate::chain::{Catalogue, ChainError, ImageName, Point, PointName, Problem, image_directory};
-use crate::progress::Counter;
+use crate::progress::Amount;
 
 mod affected;
 mod coverage;
@@ -132,14 +132,9 @@ pub enum VerifyError {
     Cancelled,
 }
 
-/// How far a verification has come, in bytes of data. Both only grow.
-#[derive(Debug, Default)]
-pub struct VerifyProgress {
-    /// What there is to be read, as far as layers have been opened.
-    pub total: Counter,
-    /// What was read.
-    pub done: Counter,
-}
+/// How far a verification has come, in bytes of data: what there is to be read, as far as layers have been
+/// opened, and what was read.
+pub type VerifyProgress = Amount;
 
 /// Points of one image to be verified.
 #[derive(Clone, Copy)]
@@ -243,14 +238,15 @@ pub(crate) struct LayerReport {
 }
 
 /// Verifies all content of the layers of some points of an image, whose lock the caller holds: those of a
-/// chain, the newest first, with their bases. Reports on them in this order, and ends with the first layer that is damaged. What the catalogue has found is not
-/// repeated.
+/// chain, the newest first, with their bases. Reports on them in this order, and ends with the first layer
+/// that is damaged. What the catalogue has found is not repeated. `progress` is counted up.
 ///
 /// # Errors
 /// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
 pub(crate) fn verify_layers(
     image: &ImageName,
     points: &[&Point],
+    progress: &VerifyProgress,
     cancel: &Cancel,
 ) -> Result<Vec<LayerReport>, VerifyError> {
     let run = VerifyImage {
@@ -259,7 +255,7 @@ pub(crate) fn verify_layers(
         points: &[],
         options: &VerifyOptions::default(),
         snapshots: None,
-        progress: &VerifyProgress::default(),
+        progress,
         cancel,
     };
     let mut reports = Vec::new();

@@ -26,6 +26,7 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
         Activity::Idle => {
             about(left_over(listing));
             about(announced(listing));
+            about(half_merged(listing));
         }
     }
     if listing.catalogue.points().is_empty() && !matches!(listing.activity, Activity::Writing(_)) {
@@ -72,6 +73,20 @@ fn announced(listing: &Listing) -> Option<String> {
         )),
         Err(error) => Some(human::causes_block(&error)),
     }
+}
+
+/// Points whose layers a merge has still to put into those that they build upon.
+fn half_merged(listing: &Listing) -> Option<String> {
+    let points: Vec<_> = listing.catalogue.half_merged().map(|point| point.name.to_string()).collect();
+    let (points, are, them) = match points.len() {
+        0 => return None,
+        1 => (format!("point {}", points[0]), "is", "it"),
+        _ => (format!("points {}", points.join(", ")), "are", "them"),
+    };
+    Some(format!(
+        "{points} {are} whole, but a run that was cut short has left the layer of another point, which is gone, \
+         below {them}; the next `prune` of the image completes that"
+    ))
 }
 
 /// Points that a clock which was wrong has named, or so it seems to one which is wrong now.

@@ -16,6 +16,7 @@ use rbd2qcow2_core::chain::{
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
+use rbd2qcow2_core::merge::{Merge, MergeOptions, MergeProgress, Way};
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::memory::MemorySource;
 use tempfile::TempDir;
@@ -110,6 +111,30 @@ impl Backups {
         let scratch = TempDir::new().unwrap();
         let digests = DigestWriter::create(&scratch.path().join("digests"), CLUSTER).unwrap();
         write_layer(&directory.join(file(&second)), content, Some(&backing), base, &digests);
+    }
+
+    /// Leaves an image as a run does that was to forget all points but the newest one, and is killed when the
+    /// large layer at the bottom has lost its point and not yet taken over what is above it.
+    pub fn half_merge(&self, image: &str) {
+        let mut writer = ChainWriter::open(self.path(), &ImageName::new(image).unwrap()).unwrap();
+        let mut names: Vec<_> = writer.catalogue().points().iter().map(|point| point.name).collect();
+        let child = names.pop().expect("a point");
+        let mut options = MergeOptions::default();
+        // However small it is.
+        options.least_saving = 0;
+        let merge = Merge {
+            writer: &writer,
+            child,
+            parent: None,
+            options: &options,
+            compressors: &Compressors::default(),
+            progress: &MergeProgress::default(),
+            observer: &(),
+            cancel: &Cancel::new(),
+        };
+        assert_eq!(merge.run().unwrap(), Way::UponBase, "the layer can be reused");
+        writer.note_forgetting(&names).unwrap();
+        assert_eq!(writer.forget().unwrap().len(), names.len());
     }
 
     fn commit(

@@ -172,6 +172,33 @@ fn what_runs_left_behind_is_told_unless_one_is_writing() {
 }
 
 #[test]
+fn what_was_left_half_merged_is_told_until_it_is_pruned() {
+    let backups = Backups::new();
+    let mut content: Vec<u8> = (0..1 << 20).map(|byte: u32| (byte / 7) as u8 | 1).collect();
+    backups.fill("vm", "2024-11-22T17:33:12Z", &content, None);
+    let old = content.clone();
+    content[..4096].fill(9);
+    backups.fill("vm", "2024-11-23T17:33:07Z", &content, Some(&old));
+    backups.half_merge("vm");
+    let listed = list(&backups, &[]);
+    let [warning] = warnings(&listed)[..] else { panic!("{listed:?}") };
+    assert_eq!(
+        warning,
+        "image \"vm\": point 20241123T173307Z is whole, but a run that was cut short has left the layer of another \
+         point, which is gone, below it; the next `prune` of the image completes that"
+    );
+    assert!(!listed.stdout.contains("broken"), "{listed:?}");
+    // Whoever prunes may be at it.
+    let lock = ChainLock::exclusive(&backups.image("vm")).unwrap();
+    assert!(!list(&backups, &[]).stderr.contains("cut short"));
+    drop(lock);
+    let pruned = run(&["prune", backups.path().to_str().unwrap(), "vm", "--keep-last", "9"]);
+    assert_eq!(pruned.status, Some(0), "{pruned:?}");
+    let listed = list(&backups, &[]);
+    assert_eq!((listed.status, listed.stderr.as_str()), (Some(0), ""), "{listed:?}");
+}
+
+#[test]
 fn a_first_backup_that_did_not_end_is_told() {
     let backups = Backups::new();
     let image = ImageName::new("vm").unwrap();

@@ -146,6 +146,67 @@ fn what_others_need_is_merged_into_them() {
 }
 
 #[test]
+fn merges_are_told_when_they_are_done() {
+    let contents = contents(4);
+    let prune = |options: &[&str]| {
+        let (backups, names) = filled(&contents);
+        let points = [0, 2].map(|index: usize| format!("vm@{}", names[index]));
+        let told = on(backups.path(), &[&["prune", &points[0], &points[1]], options].concat());
+        assert_eq!(told.status, Some(0), "{told:?}");
+        assert_eq!(told.stderr.matches("kept, 2 removed, ").count(), usize::from(options != ["-q"]));
+        (told.stderr, names)
+    };
+    let (told, names) = prune(&[]);
+    for point in [&names[1], &names[3]] {
+        let lines: Vec<_> = told.lines().filter(|line| line.contains(point.as_str())).collect();
+        let [line] = lines[..] else { panic!("{told}") };
+        assert!(line.contains(&format!("INFO ] vm: merged into point {point}: copied, ")), "{line}");
+        assert!(line.contains(" of data written in ") && !line.contains(", 0 B of data"), "{line}");
+    }
+    assert_eq!(told.lines().count(), 3, "{told}");
+    let (told, names) = prune(&["-v"]);
+    for (number, point) in [(1, &names[1]), (2, &names[3])] {
+        assert!(told.contains(&format!("vm: merging into point {point} ({number} of 2)\n")), "{told}");
+        assert!(told.contains(&format!("\nvm@{point}: prepare ")), "{told}");
+    }
+    for words in ["\n  verify  ", "\n  diff    ", "\n  reads   ", "\n  writes  "] {
+        assert_eq!(told.matches(words).count(), 2, "{words:?}: {told}");
+    }
+    assert_eq!(prune(&["-q"]).0, "");
+}
+
+#[test]
+fn merges_have_a_bar() {
+    let (backups, names) = filled(&contents(3));
+    let prune = ["prune", "--keep-last", "1", "--progress", "always"];
+    let dry = on(backups.path(), &[&prune[..], &["--dry-run"]].concat());
+    assert!(dry.status == Some(0) && dry.stderr.starts_with("1 point would stay"), "{dry:?}");
+    assert!(dry.stderr.lines().count() == 1 && !dry.stderr.contains('\u{1b}'), "{dry:?}");
+    let told = on(backups.path(), &prune);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    for words in ["verifying ".to_owned(), format!("merging into {} (1 of 1)", names[2])] {
+        assert!(told.stderr.contains(&words), "{words}: {told:?}");
+    }
+}
+
+#[test]
+fn what_a_run_left_half_merged_is_completed() {
+    let contents = contents(3);
+    let (backups, names) = filled(&contents);
+    backups.half_merge("vm");
+    assert!(read(&backups, &names[2]) == contents[2]);
+    let told = on(backups.path(), &["prune", "--keep-last", "1", "--progress", "always", "-v"]);
+    assert_eq!(told.status, Some(0), "{told:?}");
+    assert!(told.stderr.contains("taking over in place "), "{told:?}");
+    let line = format!("vm: merged into point {}: the large layer below reused", names[2]);
+    assert!(told.stderr.contains(&line), "{told:?}");
+    assert!(told.stderr.contains("\n  take over "), "{told:?}");
+    assert!(read(&backups, &names[2]) == contents[2]);
+    assert_eq!(files(&backups, "vm").len(), 3);
+    assert_eq!(on(backups.path(), &["verify"]).status, Some(0));
+}
+
+#[test]
 fn what_the_python_tool_began_is_pruned_and_stays_unverifiable() {
     let contents = contents(5);
     let backups = Backups::new();

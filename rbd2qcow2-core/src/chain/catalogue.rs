@@ -141,6 +141,15 @@ impl Catalogue {
         self.forgetting || !self.unsettled.is_empty() || self.points.iter().any(|point| point.base.is_some())
     }
 
+    /// The points whose layer has yet to be put into the base that it builds upon: a run that was cut short
+    /// has left that, and the next one that prunes the image does it. Until then they read as they should.
+    ///
+    /// Where the base's point is there (it was to go, but a merge of others failed), it may be wanted again,
+    /// and its layer stays as it is.
+    pub fn half_merged(&self) -> impl Iterator<Item = &Point> {
+        self.points.iter().filter(|point| point.base.is_some_and(|base| self.point(base).is_none()))
+    }
+
     /// The note of a run that was killed before the first point of its chain was committed, as it
     /// stands there now. The snapshot it names may exist and belongs to no point.
     ///

@@ -53,7 +53,7 @@ pub(super) enum Digests {
 pub enum Onto {
     /// A point that stays, or nothing.
     Point(Option<PointName>),
-    /// The layer that a point leaves behind: see [`ChainWriter::keep_base`].
+    /// The layer that a point leaves behind when it goes.
     Base(PointName),
 }
 

@@ -4,10 +4,11 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Merge, MergeError};
+use super::{Merge, MergeError, Way};
 use crate::chain::digests::combine::{CombineError, combine};
 use crate::chain::digests::{Content, DigestReader, DigestRecord, DigestsError};
 use crate::chain::{MergedLayer, PendingMerge, Point, Record};
+use crate::progress::Stage;
 use crate::qcow2::absorb::{Absorb, AbsorbError};
 use crate::qcow2::error::ReadError;
 use crate::qcow2::layer::LayerReader;
@@ -33,25 +34,27 @@ impl Sums {
 }
 
 impl Merge<'_> {
-    /// Has the base of the child take over what the child's layer holds. Tells whether it did: it cannot
-    /// where somebody else has it open. All points read as before in either case.
+    /// Has the base of the child take over what the child's layer holds. Tells how; `None` where it did not,
+    /// because somebody else has it open. All points read as before in either case.
     ///
     /// # Errors
     /// [`MergeError`].
-    pub(super) fn absorb(&self, child: &Point) -> Result<bool, MergeError> {
+    pub(super) fn absorb(&self, child: &Point) -> Result<Option<Way>, MergeError> {
         let catalogue = self.writer.catalogue();
         let base = child.base.and_then(|base| catalogue.base(base)).expect("the caller has seen it");
-        let Some((mut pending, file)) = self.writer.begin_absorb(self.child)? else { return Ok(false) };
+        let Some((mut pending, file)) = self.writer.begin_absorb(self.child)? else { return Ok(None) };
+        self.observer.stage(Stage::TakeOver);
         let reader = || -> Result<LayerReader, MergeError> {
             let (file, bytes) = file.handle()?;
             LayerReader::from_source(&base.path, file, bytes).map_err(|cause| self.unreadable(cause))
         };
         let above = LayerReader::open(&child.path).map_err(|cause| self.unreadable(cause))?;
         let below = reader()?;
-        let mut absorb = match Absorb::new(&file, &below, &above, self.cancel) {
+        let taken_over = &self.progress.take_over;
+        let mut absorb = match Absorb::new(&file, &below, &above, taken_over, self.cancel) {
             Ok(absorb) => absorb,
             // Nothing was changed. A copy tells what is wrong, if anything is.
-            Err(AbsorbError::Unfit { .. } | AbsorbError::UsedTwice { .. }) => return Ok(false),
+            Err(AbsorbError::Unfit { .. } | AbsorbError::UsedTwice { .. }) => return Ok(None),
             Err(cause) => return Err(self.not_absorbed(cause)),
         };
         let record = match pending.manifest().cloned() {
@@ -70,23 +73,26 @@ impl Merge<'_> {
         let failed = |cause| self.not_absorbed(cause);
         absorb.copy().map_err(failed)?;
         // A copy is seen by nobody, and has no other name.
-        if pending.layer_path() == base.path {
-            let Some(lease) = file.lease() else { return Ok(false) };
+        let way = if pending.layer_path() == base.path {
+            let Some(lease) = file.lease() else { return Ok(None) };
             absorb.switch().map_err(failed)?;
             drop(lease);
+            Way::InPlace
         } else {
             absorb.switch().map_err(failed)?;
-        }
+            Way::Shared
+        };
         absorb.finish(&reader()?).map_err(failed)?;
         if self.cancel.is_set() {
             return Err(MergeError::Cancelled);
         }
+        self.observer.stage(Stage::Commit);
         let (virtual_size, extended_l2) = (below.virtual_size(), below.header().extended_l2);
         // What is unverified of the base the child's manifest tells already.
         let unverified = BTreeSet::new();
         pending.commit(MergedLayer { virtual_size, extended_l2, record, unverified })?;
         self.writer.drop_base(base.name)?;
-        Ok(true)
+        Ok(Some(way))
     }
 
     /// Puts the digests of both layers together, as those of the base.

@@ -18,6 +18,7 @@ use crate::verify::{PointReport, VerifyImage, VerifyOptions, VerifyProgress, Ver
 
 mod mixed;
 mod packed;
+mod progress;
 mod python;
 mod refused;
 mod reuse;
@@ -153,10 +154,11 @@ fn merge(
         parent,
         options: &options(reuse),
         compressors: &Compressors::default(),
-        progress: &Progress::default(),
+        progress: &MergeProgress::default(),
+        observer: &(),
         cancel: &Cancel::new(),
     };
-    merge.run()
+    merge.run().map(drop)
 }
 
 fn complete(writer: &mut ChainWriter) -> Result<(), MergeError> {
@@ -384,7 +386,8 @@ fn a_full_disk_is_noticed_before() {
         parent: None,
         options: &MergeOptions::default(),
         compressors: &Compressors::default(),
-        progress: &Progress::default(),
+        progress: &MergeProgress::default(),
+        observer: &(),
         cancel: &Cancel::new(),
     };
     let error = merge.check_space(u64::MAX / 4).expect_err("too large");

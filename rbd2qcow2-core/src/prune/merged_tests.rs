@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
@@ -11,16 +12,21 @@ use super::*;
 use crate::chain::PointName;
 use crate::chain::durable::fault::{self, Fault};
 use crate::layer::native::testing::{cases, form, image, next_content};
-use crate::merge::MergeError;
+use crate::merge::{MergeError, MergeProgress, Turn, Way};
 use crate::testing::{Fixture, plain};
 
-fn prune_until(fixture: &Fixture, wanted: &Wanted, cancel: &Cancel) -> Result<Plan, PruneError> {
-    let (dest, zone) = (fixture.dest.path(), &TimeZone::UTC);
-    PruneImage { dest, image: &fixture.image, wanted, zone, now: Timestamp::MAX, cancel }.run()
+fn prune_watched(
+    fixture: &Fixture,
+    wanted: &Wanted,
+    observer: &dyn MergeObserver,
+    cancel: &Cancel,
+) -> Result<Plan, PruneError> {
+    let (dest, zone, now) = (fixture.dest.path(), &TimeZone::UTC, Timestamp::MAX);
+    PruneImage { dest, image: &fixture.image, wanted, zone, now, observer, cancel }.run()
 }
 
 fn prune(fixture: &Fixture, wanted: &Wanted) -> Result<Plan, PruneError> {
-    prune_until(fixture, wanted, &Cancel::new())
+    prune_watched(fixture, wanted, &(), &Cancel::new())
 }
 
 fn named(points: impl IntoIterator<Item = PointName>) -> Wanted {
@@ -123,7 +129,7 @@ fn a_stop_withdraws_the_note() {
     let fixture = Fixture::of_sizes(&[100_000, 90_000, 100_000]);
     let cancel = Cancel::new();
     cancel.set();
-    let error = prune_until(&fixture, &newest(1), &cancel).expect_err("stopped");
+    let error = prune_watched(&fixture, &newest(1), &(), &cancel).expect_err("stopped");
     assert!(matches!(error, PruneError::Cancelled), "{error:?}");
     fixture.check_all(&names(&fixture));
 }
@@ -144,4 +150,48 @@ fn what_cannot_be_merged_stays() {
     fixture.check_all(&all);
     fixture.back_up(&plain(), vec![1; 5000]);
     fixture.check_all(&names(&fixture));
+}
+
+/// What was told of a merge.
+struct Told {
+    turn: Turn,
+    progress: Arc<MergeProgress>,
+    way: Option<Way>,
+}
+
+/// What was told of each merge.
+#[derive(Default)]
+struct Watch(Mutex<Vec<Told>>);
+
+impl MergeObserver for Watch {
+    fn started(&self, turn: Turn, progress: &Arc<MergeProgress>) {
+        self.0.lock().expect("no panic").push(Told { turn, progress: Arc::clone(progress), way: None });
+    }
+
+    fn finished(&self, way: Way) {
+        self.0.lock().expect("no panic").last_mut().expect("one was begun").way = Some(way);
+    }
+}
+
+#[test]
+fn an_observer_is_told_of_each_merge() {
+    let fixture = Fixture::of_sizes(&[300_000, 250_000, 300_000, 350_000]);
+    let all = names(&fixture);
+    let watch = Watch::default();
+    prune_watched(&fixture, &named([all[0], all[2]]), &watch, &Cancel::new()).expect("pruned");
+    let merges = watch.0.into_inner().expect("no panic");
+    let turns: Vec<_> = merges.iter().map(|Told { turn, .. }| (turn.child, turn.number, turn.of)).collect();
+    assert_eq!(turns, [(all[1], 1, 2), (all[3], 2, 2)]);
+    for Told { progress, way, .. } in &merges {
+        assert_eq!(*way, Some(Way::Copied));
+        let MergeProgress { verify, copy, .. } = &**progress;
+        assert!(verify.total.get() > 0 && copy.read.get() > 0, "{progress:?}");
+        assert_eq!(verify.done.get(), verify.total.get());
+        assert_eq!((copy.scanned.get(), copy.read.get()), (copy.size.get(), copy.to_read.get()));
+        assert_eq!(progress.written(), copy.data.get());
+    }
+    // Where only files go, there is nothing to tell.
+    let watch = Watch::default();
+    prune_watched(&fixture, &newest(9), &watch, &Cancel::new()).expect("pruned");
+    assert!(watch.0.into_inner().expect("no panic").is_empty());
 }

@@ -1,13 +1,14 @@
 //! Forgetting points that others build upon.
 
+use std::sync::Arc;
+
 use super::error::PruneError;
 use super::plan::{Action, Plan};
 use crate::cancel::Cancel;
-use crate::chain::{ChainWriter, Point};
+use crate::chain::{ChainWriter, PointName};
 use crate::error::Causes;
 use crate::layer::native::Compressors;
-use crate::merge::{Merge, MergeOptions};
-use crate::progress::Progress;
+use crate::merge::{Merge, MergeObserver, MergeOptions, MergeProgress, Turn};
 
 /// Has the points that stay take over what they need, and then removes those that go.
 ///
@@ -15,6 +16,7 @@ use crate::progress::Progress;
 pub(super) fn merge_and_forget(
     writer: &mut ChainWriter,
     plan: &Plan,
+    observer: &dyn MergeObserver,
     cancel: &Cancel,
 ) -> Result<(), PruneError> {
     if plan.merges.is_empty() {
@@ -23,7 +25,8 @@ pub(super) fn merge_and_forget(
     let gone = plan.decisions.iter().filter(|decision| decision.action != Action::Keep);
     let gone: Vec<_> = gone.map(|decision| decision.point).collect();
     writer.note_forgetting(&gone)?;
-    if let Err(error) = merge(writer, plan, cancel) {
+    let merges: Vec<_> = plan.merges.iter().map(|merge| (merge.child, merge.parent)).collect();
+    if let Err(error) = merge(writer, &merges, observer, cancel) {
         // Whoever asks again plans anew, by the rules that are true then.
         if let Err(cause) = writer.withdraw_forgetting() {
             log::warn!("{}: {}", writer.catalogue().image(), Causes(&cause));
@@ -31,51 +34,40 @@ pub(super) fn merge_and_forget(
         return Err(error);
     }
     writer.forget()?;
-    complete(writer, cancel)
+    complete(writer, observer, cancel)
 }
 
 /// Has layers that outlived their points take the place of those above them, as far as such are there: a
 /// merge may have come no further, in this run or in an earlier one.
-pub(super) fn complete(writer: &mut ChainWriter, cancel: &Cancel) -> Result<(), PruneError> {
-    let (options, compressors) = (MergeOptions::default(), Compressors::default());
-    let points = || writer.catalogue().points();
-    // Where the point is still there, it is not to go any more, and its layer stays as it is.
-    let gone = |point: &&Point| point.base.is_some_and(|base| writer.catalogue().point(base).is_none());
-    let waiting: Vec<_> = points().iter().filter(gone).map(|point| (point.name, point.parent)).collect();
-    for (child, parent) in waiting {
-        log::info!("{}: point {child} takes over the layer that it builds upon", writer.catalogue().image());
-        let progress = &Progress::default();
-        let merge =
-            Merge { writer, child, parent, options: &options, compressors: &compressors, progress, cancel };
-        merge.run()?;
-        writer.refresh()?;
-    }
-    Ok(())
+pub(super) fn complete(
+    writer: &mut ChainWriter,
+    observer: &dyn MergeObserver,
+    cancel: &Cancel,
+) -> Result<(), PruneError> {
+    let waiting: Vec<_> = writer.catalogue().half_merged().map(|point| (point.name, point.parent)).collect();
+    merge(writer, &waiting, observer, cancel)
 }
 
-fn merge(writer: &mut ChainWriter, plan: &Plan, cancel: &Cancel) -> Result<(), PruneError> {
-    let (options, compressors) = (MergeOptions::default(), Compressors::default());
-    for (number, merge) in (1..).zip(&plan.merges) {
+/// Has each of these points take over what is below it, down to what it builds upon then.
+fn merge(
+    writer: &mut ChainWriter,
+    merges: &[(PointName, Option<PointName>)],
+    observer: &dyn MergeObserver,
+    cancel: &Cancel,
+) -> Result<(), PruneError> {
+    let (options, compressors) = (&MergeOptions::default(), &Compressors::default());
+    for (number, &(child, parent)) in (1..).zip(merges) {
         if cancel.is_set() {
             return Err(PruneError::Cancelled);
         }
-        log::info!(
-            "{}: point {} takes over what {} below it hold ({number} of {})",
-            writer.catalogue().image(),
-            merge.child,
-            merge.removed.len(),
-            plan.merges.len()
-        );
-        let merge = Merge {
-            writer,
-            child: merge.child,
-            parent: merge.parent,
-            options: &options,
-            compressors: &compressors,
-            progress: &Progress::default(),
-            cancel,
-        };
-        merge.run()?;
+        let turn = Turn { child, number, of: merges.len() };
+        log::debug!("{}: merging into point {child} ({number} of {})", writer.catalogue().image(), turn.of);
+        let progress = Arc::<MergeProgress>::default();
+        observer.started(turn, &progress);
+        let merge =
+            Merge { writer, child, parent, options, compressors, progress: &progress, observer, cancel };
+        let way = merge.run()?;
+        observer.finished(way);
         writer.refresh()?;
     }
     Ok(())

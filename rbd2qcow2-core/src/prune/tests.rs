@@ -99,8 +99,8 @@ impl Fixture {
     }
 
     fn prune_until(&self, wanted: &Wanted, cancel: &Cancel) -> Result<Plan, PruneError> {
-        let zone = &TimeZone::UTC;
-        PruneImage { dest: self.dest(), image: &image(), wanted, zone, now: Timestamp::MAX, cancel }.run()
+        let (dest, zone, now) = (self.dest(), &TimeZone::UTC, Timestamp::MAX);
+        PruneImage { dest, image: &image(), wanted, zone, now, observer: &(), cancel }.run()
     }
 
     /// The points, where nothing is wrong with any.
@@ -224,8 +224,8 @@ fn a_plan_changes_nothing() {
     let before = fixture.content();
     let (wanted, zone, cancel) = (&last_one(), &TimeZone::UTC, &Cancel::new());
     let _lock = ChainLock::exclusive(&fixture.directory()).expect("free");
-    let prune =
-        PruneImage { dest: fixture.dest(), image: &image(), wanted, zone, now: Timestamp::MAX, cancel };
+    let (dest, image, now) = (fixture.dest(), &image(), Timestamp::MAX);
+    let prune = PruneImage { dest, image, wanted, zone, now, observer: &(), cancel };
     assert_eq!(prune.plan().expect("planned").removed(), 2);
     assert_eq!(fixture.content(), before);
     let locked = prune.run().expect_err("somebody writes");

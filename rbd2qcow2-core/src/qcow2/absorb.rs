@@ -19,12 +19,13 @@ use super::check::source::Source;
 use super::compressed::unpack_stream;
 use super::error::ReadError;
 use super::header::{Header, Version};
-use super::layer::LayerReader;
+use super::layer::{LayerReader, Piece};
 use super::refcount::{RefcountEntry, RefcountWidth};
 use super::table::{
     CompressedCluster, GuestOffset, HostOffset, L1Entry, L2Entry, SubclusterKind, Subclusters,
 };
 use crate::cancel::Cancel;
+use crate::progress::Amount;
 
 mod usage;
 
@@ -129,6 +130,7 @@ pub(crate) struct Absorb<'a> {
     medium: &'a dyn Medium,
     below: &'a LayerReader,
     above: &'a LayerReader,
+    progress: &'a Amount,
     cancel: &'a Cancel,
     usage: Usage,
     /// The L2 tables that are to replace others, by their index in the L1 table.
@@ -142,7 +144,7 @@ pub(crate) struct Absorb<'a> {
 
 impl<'a> Absorb<'a> {
     /// Begins. `below` reads what `medium` changes. Reads all tables of `below`, and takes 64 MiB of memory
-    /// at the most for it.
+    /// at the most for it. In `progress` bytes of data are counted that the layer above holds.
     ///
     /// # Errors
     /// [`AbsorbError::Unfit`], [`AbsorbError::UsedTwice`], [`AbsorbError::Read`], [`AbsorbError::Cancelled`].
@@ -150,6 +152,7 @@ impl<'a> Absorb<'a> {
         medium: &'a dyn Medium,
         below: &'a LayerReader,
         above: &'a LayerReader,
+        progress: &'a Amount,
         cancel: &'a Cancel,
     ) -> Result<Self, AbsorbError> {
         let refuse = |reason| AbsorbError::Unfit { path: below.path().to_owned(), reason };
@@ -168,6 +171,7 @@ impl<'a> Absorb<'a> {
             medium,
             below,
             above,
+            progress,
             cancel,
             usage: Usage::of(below, cancel)?,
             tables: Vec::new(),
@@ -183,6 +187,7 @@ impl<'a> Absorb<'a> {
     /// # Errors
     /// [`AbsorbError`].
     pub(crate) fn copy(&mut self) -> Result<(), AbsorbError> {
+        self.count_data()?;
         let table = self.above.header().l1_table;
         let mut tables = Vec::new();
         self.source().numbers(table.offset, table.entries, |index, raw| {
@@ -195,6 +200,19 @@ impl<'a> Absorb<'a> {
             self.copy_table(index, host)?;
         }
         self.sync()
+    }
+
+    /// Counts what there is to be copied, by the tables of the layer above.
+    fn count_data(&self) -> Result<(), AbsorbError> {
+        for piece in self.above.map(0..self.above.virtual_size())? {
+            if self.cancel.is_set() {
+                return Err(AbsorbError::Cancelled);
+            }
+            if let (range, Piece::Data | Piece::Compressed) = piece? {
+                self.progress.total.add(range.end - range.start);
+            }
+        }
+        Ok(())
     }
 
     fn source(&self) -> Source<'a> {
@@ -217,10 +235,11 @@ impl<'a> Absorb<'a> {
             if self.cancel.is_set() {
                 return Err(AbsorbError::Cancelled);
             }
-            if new.iter().all(|number| *number == 0) {
+            let start = index * geometry.l2_coverage() + number * geometry.cluster_size();
+            // What lies behind the image's end is never read.
+            if new.iter().all(|number| *number == 0) || start >= below.virtual_size() {
                 continue;
             }
-            let start = index * geometry.l2_coverage() + number * geometry.cluster_size();
             let entry = |layer: &LayerReader, table: HostOffset, numbers: &[u64]| {
                 let bitmap = numbers.get(1).copied().unwrap_or(0);
                 L2Entry::new(numbers[0], bitmap, layer.geometry()).map_err(|fault| ReadError::L2Entry {
@@ -235,6 +254,7 @@ impl<'a> Absorb<'a> {
             let merged = self.copy_cluster(start, entry(below, host, old)?, new)?;
             let (raw, bitmap) = merged.encode(bits, extended);
             old.copy_from_slice(&[raw, bitmap][..step]);
+            self.progress.done.add(self.data_of(start, new));
             changed = true;
         }
         self.flush()?;
@@ -285,6 +305,24 @@ impl<'a> Absorb<'a> {
                 L2Entry::Subclusters(host, merged)
             }
         })
+    }
+
+    /// Bytes of the image that an entry for the cluster that begins at `start` holds as data.
+    fn data_of(&self, start: u64, entry: L2Entry) -> u64 {
+        let size = self.above.geometry().cluster_size();
+        let part = size / super::table::SUBCLUSTERS;
+        let in_image = |range: Range<u64>| {
+            let end = self.above.virtual_size();
+            (start + range.end).min(end).saturating_sub(start + range.start)
+        };
+        match entry {
+            L2Entry::Absent | L2Entry::Zero => 0,
+            L2Entry::Data(_) | L2Entry::Compressed(_) => in_image(0..size),
+            L2Entry::Subclusters(_, parts) => {
+                let data = parts.runs().filter(|(_, kind)| *kind == SubclusterKind::Data);
+                data.map(|(run, _)| in_image(run.start * part..run.end * part)).sum()
+            }
+        }
     }
 
     fn copy_parts(&mut self, start: u64, parts: Subclusters, host: HostOffset) -> Result<(), AbsorbError> {

@@ -28,6 +28,7 @@ fn prune(store: &Store, spec: &Spec, policy: &Policy, now: Timestamp) -> Vec<Str
         wanted: &Wanted { policy: Some(policy.clone()), ..Wanted::default() },
         zone: &TimeZone::UTC,
         now,
+        observer: &(),
         cancel: &Cancel::new(),
     };
     let plan = prune.run().expect("pruned");

@@ -22,8 +22,8 @@ fn merge(
     parent: Option<PointName>,
     compressors: &Compressors,
 ) -> Result<(), MergeError> {
-    let (options, progress, cancel) = (&MergeOptions::default(), &Progress::default(), &Cancel::new());
-    Merge { writer, child, parent, options, compressors, progress, cancel }.run()
+    let (options, progress, cancel) = (&MergeOptions::default(), &MergeProgress::default(), &Cancel::new());
+    Merge { writer, child, parent, options, compressors, progress, observer: &(), cancel }.run().map(drop)
 }
 
 fn zstd(level: u8) -> Compression {

@@ -28,10 +28,11 @@ pub(super) fn merge(
         parent,
         options: &MergeOptions::default(),
         compressors: &Compressors::default(),
-        progress: &Progress::default(),
+        progress: &MergeProgress::default(),
+        observer: &(),
         cancel: &Cancel::new(),
     };
-    merge.run()
+    merge.run().map(drop)
 }
 
 pub(super) fn contents(directory: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
