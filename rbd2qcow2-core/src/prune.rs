@@ -58,7 +58,8 @@ impl PruneImage<'_> {
         self.plan_for(&self.catalogue()?)
     }
 
-    /// Removes the points, after those that stay have taken over what they need, and tells what was done.
+    /// Removes the points, after those that stay have taken over what they need, and tells what was done,
+    /// and how much that has freed.
     /// What is taken over is verified before. Blocks, and holds the chain's lock where there is
     /// something to do: who reads the chain or writes it keeps this from beginning, and the other way round.
     ///
@@ -79,14 +80,18 @@ impl PruneImage<'_> {
         }
         // This completes what a run that was cut short has left.
         let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
+        let before = layer_bytes(writer.catalogue());
         let completed = take_over::complete(&mut writer, self.observer, self.cancel);
-        let plan = self.plan_for(writer.catalogue())?;
+        let mut plan = self.plan_for(writer.catalogue())?;
         remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
         writer.refresh()?;
         take_over::merge_and_forget(&mut writer, &plan, self.observer, self.cancel)?;
         // What hindered that may be gone with some points: a full disk, for instance.
         completed.or_else(|_| take_over::complete(&mut writer, self.observer, self.cancel))?;
+        writer.refresh()?;
+        let freed = before.saturating_sub(layer_bytes(writer.catalogue()));
+        (plan.freed_at_least, plan.freed_at_most) = (freed, freed);
         Ok(plan)
     }
 
@@ -97,4 +102,9 @@ impl PruneImage<'_> {
     fn plan_for(&self, catalogue: &Catalogue) -> Result<Plan, PruneError> {
         Ok(Plan::new(catalogue, self.wanted, self.zone, self.now)?)
     }
+}
+
+/// What all layers take on disk, in bytes.
+fn layer_bytes(catalogue: &Catalogue) -> u64 {
+    catalogue.points().iter().fold(0, |sum, point| sum.saturating_add(point.layer_bytes))
 }

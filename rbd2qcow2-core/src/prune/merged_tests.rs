@@ -68,6 +68,18 @@ proptest! {
     }
 }
 
+/// What a plan can only guess is known in the end.
+#[test]
+fn what_was_freed_is_told() {
+    let fixture = Fixture::of_sizes(&[1 << 20, 1 << 20, 1 << 20]);
+    let names = names(&fixture);
+    let taken = || fixture.catalogue().points().iter().map(|point| point.layer_bytes).sum::<u64>();
+    let before = taken();
+    let plan = prune(&fixture, &named([names[0]])).expect("pruned");
+    assert!(before > taken());
+    assert_eq!((plan.freed_at_least, plan.freed_at_most), (before - taken(), before - taken()));
+}
+
 /// Dies at every step, or has it fail. The next prune by the same rules does the rest, and so does a
 /// backup before it.
 #[test]

@@ -116,9 +116,10 @@ pub struct Plan {
     /// The removed points that no point builds upon that stays: their files only need to be deleted,
     /// in this order, the newest first. A point that is merged, too, may be below some of them.
     pub removals: Vec<PointName>,
-    /// What deleting frees at least, in bytes on disk: a merged layer may be as large as all its parts.
+    /// What deleting frees at least, in bytes on disk: a merged layer may be as large as all its parts. When
+    /// the plan was carried out, what was freed.
     pub freed_at_least: u64,
-    /// What it frees at most: the layers of all points that go.
+    /// What it frees at most: the layers of all points that go. When the plan was carried out, what was freed.
     pub freed_at_most: u64,
 }
 
