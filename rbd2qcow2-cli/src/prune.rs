@@ -7,6 +7,7 @@ use indicatif::{HumanBytes, ProgressBar};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use rbd2qcow2_core::chain::{self, ChainError, ImageName};
+use rbd2qcow2_core::merge::MergeOptions;
 use rbd2qcow2_core::prune::{Action, Decision, Plan, PlanError, PruneError, PruneImage, Wanted};
 use serde::Serialize;
 
@@ -89,7 +90,8 @@ pub fn run(args: &PruneArgs, output: &OutputArgs, console: &Console) -> Result<O
     let mut totals = Totals::default();
     for (image, wanted) in &wanted {
         let (dest, zone, cancel) = (&args.dest, &zone, &cancel);
-        let prune = PruneImage { dest, image, wanted, zone, now, observer: &(), cancel };
+        let options = &MergeOptions::default();
+        let prune = PruneImage { dest, image, wanted, zone, now, options, observer: &(), cancel };
         let result = match (cancel.is_set(), args.dry_run) {
             (true, _) => Err(PruneError::Cancelled),
             (false, true) => prune.plan(),

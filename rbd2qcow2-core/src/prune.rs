@@ -10,7 +10,7 @@ use jiff::tz::TimeZone;
 
 use crate::cancel::Cancel;
 use crate::chain::{Catalogue, ChainWriter, ImageName, image_directory};
-use crate::merge::MergeObserver;
+use crate::merge::{MergeObserver, MergeOptions};
 
 mod error;
 pub mod plan;
@@ -42,6 +42,8 @@ pub struct PruneImage<'a> {
     pub zone: &'a TimeZone,
     /// The time: what lies after it is a mistake of some clock.
     pub now: Timestamp,
+    /// How layers are put into one.
+    pub options: &'a MergeOptions,
     /// Is told how the merges go; `&()` looks away.
     pub observer: &'a dyn MergeObserver,
     /// Asks for a stop.
@@ -81,14 +83,14 @@ impl PruneImage<'_> {
         // This completes what a run that was cut short has left.
         let mut writer = ChainWriter::open_existing(self.dest, self.image)?;
         let before = layer_bytes(writer.catalogue());
-        let completed = take_over::complete(&mut writer, self.observer, self.cancel);
+        let completed = take_over::complete(&mut writer, self);
         let mut plan = self.plan_for(writer.catalogue())?;
         remove::retire_chains(&writer, &plan)?;
         remove::remove_points(&writer, &plan.removals, self.cancel)?;
         writer.refresh()?;
-        take_over::merge_and_forget(&mut writer, &plan, self.observer, self.cancel)?;
+        take_over::merge_and_forget(&mut writer, &plan, self)?;
         // What hindered that may be gone with some points: a full disk, for instance.
-        completed.or_else(|_| take_over::complete(&mut writer, self.observer, self.cancel))?;
+        completed.or_else(|_| take_over::complete(&mut writer, self))?;
         writer.refresh()?;
         let freed = before.saturating_sub(layer_bytes(writer.catalogue()));
         (plan.freed_at_least, plan.freed_at_most) = (freed, freed);

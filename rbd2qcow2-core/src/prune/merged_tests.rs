@@ -22,7 +22,8 @@ fn prune_watched(
     cancel: &Cancel,
 ) -> Result<Plan, PruneError> {
     let (dest, zone, now) = (fixture.dest.path(), &TimeZone::UTC, Timestamp::MAX);
-    PruneImage { dest, image: &fixture.image, wanted, zone, now, observer, cancel }.run()
+    let options = &MergeOptions::default();
+    PruneImage { dest, image: &fixture.image, wanted, zone, now, options, observer, cancel }.run()
 }
 
 fn prune(fixture: &Fixture, wanted: &Wanted) -> Result<Plan, PruneError> {

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
+use super::PruneImage;
 use super::error::PruneError;
 use super::plan::{Action, Plan};
-use crate::cancel::Cancel;
 use crate::chain::{ChainWriter, PointName};
 use crate::error::Causes;
 use crate::layer::native::Compressors;
-use crate::merge::{Merge, MergeObserver, MergeOptions, MergeProgress, Turn};
+use crate::merge::{Merge, MergeProgress, Turn};
 
 /// Has the points that stay take over what they need, and then removes those that go.
 ///
@@ -16,8 +16,7 @@ use crate::merge::{Merge, MergeObserver, MergeOptions, MergeProgress, Turn};
 pub(super) fn merge_and_forget(
     writer: &mut ChainWriter,
     plan: &Plan,
-    observer: &dyn MergeObserver,
-    cancel: &Cancel,
+    run: &PruneImage<'_>,
 ) -> Result<(), PruneError> {
     if plan.merges.is_empty() {
         return Ok(());
@@ -26,7 +25,7 @@ pub(super) fn merge_and_forget(
     let gone: Vec<_> = gone.map(|decision| decision.point).collect();
     writer.note_forgetting(&gone)?;
     let merges: Vec<_> = plan.merges.iter().map(|merge| (merge.child, merge.parent)).collect();
-    if let Err(error) = merge(writer, &merges, observer, cancel) {
+    if let Err(error) = merge(writer, &merges, run) {
         // Whoever asks again plans anew, by the rules that are true then.
         if let Err(cause) = writer.withdraw_forgetting() {
             log::warn!("{}: {}", writer.catalogue().image(), Causes(&cause));
@@ -34,28 +33,24 @@ pub(super) fn merge_and_forget(
         return Err(error);
     }
     writer.forget()?;
-    complete(writer, observer, cancel)
+    complete(writer, run)
 }
 
 /// Has layers that outlived their points take the place of those above them, as far as such are there: a
 /// merge may have come no further, in this run or in an earlier one.
-pub(super) fn complete(
-    writer: &mut ChainWriter,
-    observer: &dyn MergeObserver,
-    cancel: &Cancel,
-) -> Result<(), PruneError> {
+pub(super) fn complete(writer: &mut ChainWriter, run: &PruneImage<'_>) -> Result<(), PruneError> {
     let waiting: Vec<_> = writer.catalogue().half_merged().map(|point| (point.name, point.parent)).collect();
-    merge(writer, &waiting, observer, cancel)
+    merge(writer, &waiting, run)
 }
 
 /// Has each of these points take over what is below it, down to what it builds upon then.
 fn merge(
     writer: &mut ChainWriter,
     merges: &[(PointName, Option<PointName>)],
-    observer: &dyn MergeObserver,
-    cancel: &Cancel,
+    run: &PruneImage<'_>,
 ) -> Result<(), PruneError> {
-    let (options, compressors) = (&MergeOptions::default(), &Compressors::default());
+    let PruneImage { options, observer, cancel, .. } = *run;
+    let compressors = &Compressors::default();
     for (number, &(child, parent)) in (1..).zip(merges) {
         if cancel.is_set() {
             return Err(PruneError::Cancelled);

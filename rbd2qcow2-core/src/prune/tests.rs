@@ -100,7 +100,17 @@ impl Fixture {
 
     fn prune_until(&self, wanted: &Wanted, cancel: &Cancel) -> Result<Plan, PruneError> {
         let (dest, zone, now) = (self.dest(), &TimeZone::UTC, Timestamp::MAX);
-        PruneImage { dest, image: &image(), wanted, zone, now, observer: &(), cancel }.run()
+        PruneImage {
+            dest,
+            image: &image(),
+            wanted,
+            zone,
+            now,
+            options: &MergeOptions::default(),
+            observer: &(),
+            cancel,
+        }
+        .run()
     }
 
     /// The points, where nothing is wrong with any.
@@ -225,7 +235,16 @@ fn a_plan_changes_nothing() {
     let (wanted, zone, cancel) = (&last_one(), &TimeZone::UTC, &Cancel::new());
     let _lock = ChainLock::exclusive(&fixture.directory()).expect("free");
     let (dest, image, now) = (fixture.dest(), &image(), Timestamp::MAX);
-    let prune = PruneImage { dest, image, wanted, zone, now, observer: &(), cancel };
+    let prune = PruneImage {
+        dest,
+        image,
+        wanted,
+        zone,
+        now,
+        options: &MergeOptions::default(),
+        observer: &(),
+        cancel,
+    };
     assert_eq!(prune.plan().expect("planned").removed(), 2);
     assert_eq!(fixture.content(), before);
     let locked = prune.run().expect_err("somebody writes");

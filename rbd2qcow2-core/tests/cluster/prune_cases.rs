@@ -1,10 +1,13 @@
 //! Points that are forgotten as time passes, while backups go on.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ToSpan};
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::ImageName;
 use rbd2qcow2_core::layer::Compression;
+use rbd2qcow2_core::merge::{MergeObserver, MergeOptions, Way};
 use rbd2qcow2_core::options::Writer;
 use rbd2qcow2_core::prune::{Action, Limit, Policy, PruneImage, Wanted};
 
@@ -20,15 +23,36 @@ const MIB: u64 = 1 << 20;
 /// Backups, one a day.
 const DAYS: i64 = 40;
 
+/// Counts the merges for which a large layer was not copied.
+#[derive(Debug, Default)]
+struct Reused(AtomicUsize);
+
+impl MergeObserver for Reused {
+    fn finished(&self, way: Way) {
+        self.0.fetch_add(usize::from(matches!(way, Way::InPlace | Way::Shared)), Ordering::Relaxed);
+    }
+}
+
 /// Prunes the image by the rules, and tells which points stay.
 fn prune(store: &Store, spec: &Spec, policy: &Policy, now: Timestamp) -> Vec<String> {
+    prune_with(store, spec, policy, now, (&MergeOptions::default(), &()))
+}
+
+fn prune_with(
+    store: &Store,
+    spec: &Spec,
+    policy: &Policy,
+    now: Timestamp,
+    (options, observer): (&MergeOptions, &dyn MergeObserver),
+) -> Vec<String> {
     let prune = PruneImage {
         dest: store.dest(),
         image: &ImageName::new(&spec.image).expect("a name"),
         wanted: &Wanted { policy: Some(policy.clone()), ..Wanted::default() },
         zone: &TimeZone::UTC,
         now,
-        observer: &(),
+        options,
+        observer,
         cancel: &Cancel::new(),
     };
     let plan = prune.run().expect("pruned");
@@ -44,6 +68,7 @@ fn a_month_of_backups() {
     let mut random = Random::new(40);
     let mut size = 6 * MIB;
     let spec = store.image("month", size, &Layout::new(18, FULL_FEATURES));
+    let reused = Reused::default();
     let policy = Policy { daily: Limit::AtMost(7), weekly: Limit::AtMost(4), ..Policy::default() };
     // A Monday.
     let start: Timestamp = "2026-03-02T02:00:00Z".parse().expect("a time");
@@ -62,13 +87,19 @@ fn a_month_of_backups() {
         let now = start + (24 * day).hours();
         store.options.time = Some(now);
         store.back_up(&spec);
-        let kept = prune(&store, &spec, &policy, now);
+        let mut merges = MergeOptions::default();
+        if day % 4 != 3 {
+            // Wherever that is possible, however small layers are.
+            merges.least_saving = 0;
+        }
+        let kept = prune_with(&store, &spec, &policy, now, (&merges, &reused));
         store.keep_only(&spec, &kept);
         store.check_directory(&spec);
         if day % 10 == 9 {
             store.check_again();
         }
     }
+    assert!(reused.0.load(Ordering::Relaxed) > 0);
     let names: Vec<_> = store.points().iter().map(|made| made.point.as_str()).collect();
     // The last day is a Friday: the week's days, the Sunday before, and the Sundays of three weeks before it.
     let expected = [
