@@ -27,6 +27,8 @@ mod faults;
 mod frozen;
 #[path = "cli/killed.rs"]
 mod killed;
+#[path = "cli/large.rs"]
+mod large;
 #[path = "cli/list.rs"]
 mod list;
 #[path = "cli/mount.rs"]
@@ -35,6 +37,12 @@ mod mount;
 mod program;
 #[path = "cli/prune.rs"]
 mod prune;
+#[path = "cli/prune_disks.rs"]
+mod prune_disks;
+#[path = "cli/prune_killed.rs"]
+mod prune_killed;
+#[path = "cli/prune_read.rs"]
+mod prune_read;
 #[path = "cli/restore.rs"]
 mod restore;
 #[path = "cli/restore_rbd.rs"]

@@ -69,15 +69,19 @@ impl Fixture {
     /// Points of which the first is large, and the others hold little: some data, parts of clusters, and
     /// zeroes.
     pub(crate) fn of_small_changes(count: usize) -> Self {
-        let mut fixture = Self::empty("vm");
+        Self::empty("vm").with_small_changes(count, &plain())
+    }
+
+    /// Adds such points, of any form.
+    pub(crate) fn with_small_changes(mut self, count: usize, form: &Form) -> Self {
         let mut content: Vec<u8> = (0..600_000_u32).map(|index| (index / 3) as u8 | 1).collect();
         for number in 0..count {
             let start = 70_000 * number;
             content[start + 1000..start + 9000].fill(number as u8 | 0x80);
             content[start + 20_000..start + 40_000].fill(0);
-            fixture.back_up(&plain(), content.clone());
+            self.back_up(form, content.clone());
         }
-        fixture
+        self
     }
 
     /// Makes a point as this program does.

@@ -35,14 +35,37 @@ enum Base {
 }
 use Base::{Newest, Nothing, Point};
 
-/// A directory of backups that goes with its owner.
+/// The form of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    pub compression: Compression,
+    pub extended_l2: ExtendedL2,
+}
+
+/// As most tests have them.
+const SIMPLE: Form = Form { compression: Compression::None, extended_l2: ExtendedL2::Off };
+
+/// A directory of backups, which goes with its owner if that has made it.
 #[derive(Debug)]
-pub struct Backups(TempDir);
+pub struct Backups {
+    path: PathBuf,
+    _temporary: Option<TempDir>,
+}
 
 impl Backups {
     /// An empty one.
     pub fn new() -> Self {
-        Self(TempDir::new().expect("a temporary directory can be made"))
+        Self::with(TempDir::new().expect("a temporary directory can be made"))
+    }
+
+    /// One that takes a temporary directory over.
+    pub fn with(directory: TempDir) -> Self {
+        Self { path: directory.path().to_owned(), _temporary: Some(directory) }
+    }
+
+    /// One that stays.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path, _temporary: None }
     }
 
     /// Two images, one of them with two points.
@@ -56,7 +79,7 @@ impl Backups {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.0.path()
+        &self.path
     }
 
     /// Where an image's points are.
@@ -71,7 +94,7 @@ impl Backups {
 
     /// Adds a point to an image that is `size` bytes long now, upon its newest one if there is one.
     pub fn add_sized(&self, image: &str, chain: &str, time: &str, size: u64) -> Committed {
-        self.commit(image, chain, time, size, Newest, |path, backing, _| {
+        self.commit(image, chain, time, size, SIMPLE, Newest, |path, backing, _| {
             create_layer(path, size.next_multiple_of(512), backing);
         })
     }
@@ -79,7 +102,7 @@ impl Backups {
     /// Adds a point to an image, upon the one of the name `parent`, or upon none.
     pub fn add_upon(&self, parent: Option<&str>, image: &str, chain: &str, time: &str) -> Committed {
         let parent = parent.map_or(Nothing, |parent| Point(PointName::parse(parent).unwrap()));
-        self.commit(image, chain, time, SIZE, parent, |path, backing, _| {
+        self.commit(image, chain, time, SIZE, SIMPLE, parent, |path, backing, _| {
             create_layer(path, SIZE.next_multiple_of(512), backing);
         })
     }
@@ -87,9 +110,22 @@ impl Backups {
     /// Adds a point that holds `content` to an image, upon its newest one, which holds `base`, if there is
     /// one.
     pub fn fill(&self, image: &str, time: &str, content: &[u8], base: Option<&[u8]>) -> Committed {
-        self.commit(image, "0123abcd", time, content.len() as u64, Newest, |path, backing, digests| {
+        self.fill_as(SIMPLE, image, time, content, base)
+    }
+
+    /// As [`fill`](Self::fill), in another form.
+    pub fn fill_as(
+        &self,
+        form: Form,
+        image: &str,
+        time: &str,
+        content: &[u8],
+        base: Option<&[u8]>,
+    ) -> Committed {
+        let size = content.len() as u64;
+        self.commit(image, "0123abcd", time, size, form, Newest, |path, backing, digests| {
             assert_eq!(backing.is_some(), base.is_some(), "a base is what the newest point holds");
-            write_layer(path, content, backing, base, digests);
+            write_layer(path, form, content, backing, base, digests);
         })
     }
 
@@ -110,7 +146,7 @@ impl Backups {
         }
         let scratch = TempDir::new().unwrap();
         let digests = DigestWriter::create(&scratch.path().join("digests"), CLUSTER).unwrap();
-        write_layer(&directory.join(file(&second)), content, Some(&backing), base, &digests);
+        write_layer(&directory.join(file(&second)), SIMPLE, content, Some(&backing), base, &digests);
     }
 
     /// Leaves an image as a run does that was to forget all points but the newest one, and is killed when the
@@ -137,12 +173,14 @@ impl Backups {
         assert_eq!(writer.forget().unwrap().len(), names.len());
     }
 
+    #[allow(clippy::too_many_arguments, reason = "that is what a point is made of")]
     fn commit(
         &self,
         image: &str,
         chain: &str,
         time: &str,
         size: u64,
+        form: Form,
         base: Base,
         write: impl FnOnce(&Path, Option<&str>, &DigestWriter),
     ) -> Committed {
@@ -160,7 +198,12 @@ impl Backups {
         let incremental = pending.backing_name().is_some();
         let record = record(ChainId::parse(chain).unwrap(), point, created, incremental);
         write(pending.layer_path(), pending.backing_name().as_deref(), pending.digests());
-        let record = Record { virtual_size: size, ..record };
+        let record = Record {
+            virtual_size: size,
+            compression: form.compression.to_string(),
+            extended_l2: form.extended_l2 == ExtendedL2::Auto,
+            ..record
+        };
         pending.commit(record).unwrap()
     }
 }
@@ -198,6 +241,7 @@ fn record(chain: ChainId, point: PointName, created: Timestamp, incremental: boo
 /// Makes a layer of the content that the base does not have.
 fn write_layer(
     path: &Path,
+    form: Form,
     content: &[u8],
     backing: Option<&str>,
     base: Option<&[u8]>,
@@ -208,8 +252,8 @@ fn write_layer(
         virtual_size: (content.len() as u64).next_multiple_of(512),
         backing: backing.map(str::to_owned),
         cluster_size: CLUSTER,
-        compression: Compression::None,
-        extended_l2: ExtendedL2::Off,
+        compression: form.compression,
+        extended_l2: form.extended_l2,
     };
     let layer = NativeLayer::create(&spec, Compressors::default()).unwrap();
     let source = MemorySource {

@@ -36,7 +36,7 @@ fn rig_on(test: &str, cluster: &TestCluster, mount: &str) -> Option<(Rig, Spec)>
 }
 
 /// Whether a file can be mounted as a disk. Some containers do not have that.
-fn has_loop_devices() -> bool {
+pub fn has_loop_devices() -> bool {
     let try_it = "d=$(mktemp -d) && trap 'rm -rf \"$d\"' EXIT && truncate -s 4M \"$d/ext4\" && \
         mkfs.ext4 -q \"$d/ext4\" && mkdir \"$d/mnt\" && mount -o loop \"$d/ext4\" \"$d/mnt\" && umount \"$d/mnt\"";
     let output = Command::new("unshare").args(["-m", "sh", "-c", try_it]).output();

@@ -191,6 +191,10 @@ impl Random {
         let clock = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("past 1970");
         let seed = given.unwrap_or_else(|| u64::from(clock().subsec_nanos()) | 1);
         say(&format!("{test}: RBD2QCOW2_SEED={seed}"));
+        Self::new(seed)
+    }
+
+    pub fn new(seed: u64) -> Self {
         Self(seed.max(1))
     }
 

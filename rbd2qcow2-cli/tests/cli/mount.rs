@@ -59,6 +59,14 @@ impl Mount {
         assert!(self.is_done(), "failed: {command}");
     }
 
+    /// What a shell command prints in the namespace; `$d` is the directory.
+    pub fn told(&mut self, command: &str) -> String {
+        // Past the pipe of the answers, and not in the directory, which may be full.
+        let file = tempfile::NamedTempFile::new().expect("a temporary file");
+        self.run(&format!("{{ {command}; }} > '{}'", file.path().display()));
+        std::fs::read_to_string(file.path()).expect("it was written").trim().to_owned()
+    }
+
     fn is_done(&mut self) -> bool {
         let mut answer = String::new();
         self.answers.read_line(&mut answer).is_ok_and(|_| answer == "done\n")

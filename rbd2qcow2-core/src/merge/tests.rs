@@ -1,5 +1,6 @@
 #![allow(clippy::cast_possible_truncation, reason = "offsets in test data are small")]
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 
@@ -16,6 +17,8 @@ use crate::qcow2::layer::LayerReader;
 use crate::testing::{Fixture, plain};
 use crate::verify::{PointReport, VerifyImage, VerifyOptions, VerifyProgress, VerifyStatus};
 
+mod full;
+mod half_taken_over;
 mod mixed;
 mod packed;
 mod progress;
@@ -23,6 +26,11 @@ mod python;
 mod refused;
 mod reuse;
 mod unclear;
+
+thread_local! {
+    /// Has merges of this thread begin without the room that they want.
+    pub(super) static SPACE_IS_NOT_CHECKED: Cell<bool> = const { Cell::new(false) };
+}
 
 impl Fixture {
     fn writer(&self) -> ChainWriter {

@@ -141,7 +141,7 @@ fn a_layer_with_a_second_name_is_copied() {
 }
 
 /// Leaves a chain whose point `names[1]` builds upon the layer that `names[0]` has left.
-fn half_done(fixture: &Fixture) {
+pub(super) fn half_done(fixture: &Fixture) {
     let names = fixture.names();
     let mut writer = fixture.writer();
     writer.note_forgetting(&names[..1]).expect("noted");
