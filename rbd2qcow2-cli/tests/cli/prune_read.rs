@@ -61,7 +61,7 @@ fn over_and_over_again() {
                 }
             });
             let _end = End(&end);
-            for _ in 0..count(4) {
+            for _ in 0..count(3) {
                 chain.back_up(&mut random);
                 *truths.lock().unwrap() = stay(&chain);
                 SCENES[1].prune(&chain);
@@ -73,7 +73,7 @@ fn over_and_over_again() {
         let names: Vec<_> = stay(&chain).into_iter().map(|(name, _)| name).collect();
         chain.assert_only(&names);
         let (reads, again) = (reads.into_inner().unwrap(), again.into_inner().unwrap());
-        say(&format!("{TEST}: {reads} reads, {again} began again; {reused} of {} roots reused", count(4)));
+        say(&format!("{TEST}: {reads} reads, {again} began again; {reused} of {} roots reused", count(3)));
         assert!(reads > 0, "nothing was read meanwhile");
     }
 }
@@ -136,7 +136,7 @@ fn from_any_moment() {
     const TEST: &str = "prune_read::from_any_moment";
     let mut random = Random::of_this_run(TEST);
     let (mut opened, mut meanwhile, mut reused) = (0, 0, 0);
-    for round in 0..count(6) {
+    for round in 0..count(4) {
         let (form, scene) = (round % FORMS.len(), SCENES[round % SCENES.len()]);
         // What was half done before is the more interesting half.
         let chain = if round % 2 == 0 { scene.chain(form) } else { half_done(scene, form, &mut random) };
