@@ -38,6 +38,9 @@ fn forms() -> impl Strategy<Value = Vec<Form>> {
 
 type Changes = Vec<(usize, Stretch)>;
 
+/// Forms of the layers, size of the image, changes, which points go, and what is backed up in between.
+type History = (Vec<Form>, usize, Vec<Changes>, Vec<(Index, usize)>, Changes);
+
 /// Small changes, far apart.
 fn changes() -> impl Strategy<Value = Changes> {
     let stretch = prop_oneof![
@@ -61,39 +64,37 @@ fn what_stays_reads_the_same_whatever_takes_over_in_place() {
     let (reused, all) = (Cell::new(0), Cell::new(0));
     let going = prop::collection::vec((any::<Index>(), 1_usize..4), 1..5);
     let strategy = (forms(), 1_usize..1_500_000, prop::collection::vec(changes(), 5), going, changes());
-    let run =
-        |(forms, size, changes, going, next): (Vec<Form>, usize, Vec<_>, Vec<(Index, usize)>, Changes)| {
-            let mut fixture = Fixture::empty("vm/1");
-            let root =
-                vec![(90_000, Stretch::Text(3)), (50_000, Stretch::Noise(5)), (30_000, Stretch::Zeroes)];
-            for (form, stretches) in forms.iter().zip([root].into_iter().chain(changes)) {
-                let old = fixture.points.last().map_or(&[][..], |(_, content)| content);
-                fixture.back_up(form, next_content(old, &(size, stretches)));
+    let run = |(forms, size, changes, going, next): History| {
+        let mut fixture = Fixture::empty("vm/1");
+        let root = vec![(90_000, Stretch::Text(3)), (50_000, Stretch::Noise(5)), (30_000, Stretch::Zeroes)];
+        for (form, stretches) in forms.iter().zip([root].into_iter().chain(changes)) {
+            let old = fixture.points.last().map_or(&[][..], |(_, content)| content);
+            fixture.back_up(form, next_content(old, &(size, stretches)));
+        }
+        let mut there = fixture.names();
+        for (number, (which, count)) in going.into_iter().enumerate() {
+            if there.len() < 2 {
+                break;
             }
-            let mut there = fixture.names();
-            for (number, (which, count)) in going.into_iter().enumerate() {
-                if there.len() < 2 {
-                    break;
-                }
-                let start = which.index(there.len() - 1);
-                let end = (start + count).min(there.len() - 1);
-                let gone: BTreeSet<_> = there.drain(start..end).collect();
-                fault::plan(None);
-                fixture.forget(&gone, Reuse::Always).expect("forgotten");
-                let steps = fault::steps();
-                all.set(all.get() + 1);
-                reused.set(reused.get() + usize::from(steps.iter().any(|step| step.starts_with("write to"))));
+            let start = which.index(there.len() - 1);
+            let end = (start + count).min(there.len() - 1);
+            let gone: BTreeSet<_> = there.drain(start..end).collect();
+            fault::plan(None);
+            fixture.forget(&gone, Reuse::Always).expect("forgotten");
+            let steps = fault::steps();
+            all.set(all.get() + 1);
+            reused.set(reused.get() + usize::from(steps.iter().any(|step| step.starts_with("write to"))));
+            fixture.check_all(&there);
+            if number == 1 {
+                let old = &fixture.points.last().expect("some").1;
+                let content = next_content(old, &(size, next.clone()));
+                fixture.back_up(&forms[0], content);
+                there.push(fixture.points.last().expect("some").0);
                 fixture.check_all(&there);
-                if number == 1 {
-                    let old = &fixture.points.last().expect("some").1;
-                    let content = next_content(old, &(size, next.clone()));
-                    fixture.back_up(&forms[0], content);
-                    there.push(fixture.points.last().expect("some").0);
-                    fixture.check_all(&there);
-                }
             }
-            Ok(())
-        };
+        }
+        Ok(())
+    };
     TestRunner::new(cases(32)).run(&strategy, run).expect("all is as it was");
     assert!(reused.get() > all.get() / 4, "{reused:?} of {all:?}");
 }
