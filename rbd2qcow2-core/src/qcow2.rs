@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-pub(crate) mod absorb;
+pub mod absorb;
 pub mod chain;
 pub mod check;
 pub mod compressed;
