@@ -107,7 +107,7 @@ fn at_random_moments() {
     let (mut killed, mut reused) = (0, 0);
     let mut times = BTreeMap::new();
     let moments = [Moment::Any, Moment::Base, Moment::Gone, Moment::Base];
-    let rounds = count(8);
+    let rounds = count(6);
     for round in 0..rounds {
         // All forms with all scenes, and with all moments, in the end.
         let (form, scene) = (round % FORMS.len(), SCENES[round / FORMS.len() % SCENES.len()]);

@@ -46,6 +46,8 @@ pub struct Catalogue {
     unsettled: Vec<PointName>,
     /// Whether there is a list of points to forget.
     forgetting: bool,
+    /// Whether there are files of bases that nobody builds upon. They are among what is left behind.
+    unused_bases: bool,
     /// The newest name at whose layer's place something stands that is no file, or cannot be looked at.
     newest_unseen: Option<PointName>,
     /// The newest name that any file of the image bears.
@@ -70,6 +72,7 @@ impl Catalogue {
             leftovers: Vec::new(),
             unsettled: Vec::new(),
             forgetting: files.forgetting,
+            unused_bases: false,
             newest_unseen: None,
             last_name: files.by_point.keys().next_back().copied(),
         };
@@ -134,11 +137,12 @@ impl Catalogue {
     }
 
     /// Whether a run that was cut short has left work: merges to complete or to undo, or points to forget,
-    /// for the next one that writes; or layers to put into the bases that they build upon, for the next one
-    /// that prunes.
+    /// for the next one that writes; or layers to put into the bases that they build upon, or such to remove
+    /// (which may be as large as all that is left), for the next one that prunes.
     #[must_use]
     pub fn is_unfinished(&self) -> bool {
-        self.forgetting || !self.unsettled.is_empty() || self.points.iter().any(|point| point.base.is_some())
+        let has_base = || self.points.iter().any(|point| point.base.is_some());
+        self.forgetting || !self.unsettled.is_empty() || self.unused_bases || has_base()
     }
 
     /// The points whose layer has yet to be put into the base that it builds upon: a run that was cut short
@@ -293,6 +297,7 @@ impl Catalogue {
                 unused.extend(there.map(|(kind, _)| self.base_path(name, kind)));
             }
         }
+        self.unused_bases = !unused.is_empty();
         self.leftovers.append(&mut unused);
         for (&name, of_point) in &files.by_point {
             // Where a child still asks for the layer it was lost, not left over: what is known of

@@ -19,7 +19,10 @@ const F_SETSIG: libc::c_int = 10;
 /// it meanwhile waits until this is dropped (or the system takes it away, which is after
 /// `/proc/sys/fs/lease-break-time` seconds, 45 if nobody has changed that); who will not wait is refused.
 #[derive(Debug)]
-pub(crate) struct Lease<'a>(&'a File);
+pub(crate) struct Lease<'a> {
+    file: &'a File,
+    taken: Instant,
+}
 
 impl<'a> Lease<'a> {
     /// Takes it. `file` must be open for writing, and have no other handle than duplicates of this one.
@@ -34,8 +37,9 @@ impl<'a> Lease<'a> {
         control(file, F_SETSIG, libc::SIGURG).ok()?;
         let start = Instant::now();
         loop {
+            let taken = Instant::now();
             match control(file, libc::F_SETLEASE, libc::F_WRLCK) {
-                Ok(()) => return Some(Self(file)),
+                Ok(()) => return Some(Self { file, taken }),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < WAIT => {
                     std::thread::sleep(PAUSE);
                 }
@@ -43,12 +47,32 @@ impl<'a> Lease<'a> {
             }
         }
     }
+
+    /// Whether nobody can have opened the file since. Where this process was stopped, or its disk hung, somebody
+    /// may have waited for so long that the system has let him in.
+    pub(crate) fn has_held(&self) -> bool {
+        has_held(self.taken.elapsed(), break_time())
+    }
+}
+
+/// Whether a lease that is so old was not taken away for somebody who came when it was new.
+fn has_held(age: Duration, break_time: Option<Duration>) -> bool {
+    // The system's clock may go somewhat faster.
+    break_time.is_none_or(|limit| age < limit.mul_f32(0.9))
+}
+
+/// How long the system has others wait; `None` for ever.
+fn break_time() -> Option<Duration> {
+    let told = std::fs::read_to_string("/proc/sys/fs/lease-break-time").ok();
+    // The shortest that there is, where nobody tells.
+    let seconds = told.and_then(|text| text.trim().parse().ok()).unwrap_or(1);
+    (seconds > 0).then(|| Duration::from_secs(seconds))
 }
 
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         // It goes with the file's last handle in any case.
-        let _ = control(self.0, libc::F_SETLEASE, libc::F_UNLCK);
+        let _ = control(self.file, libc::F_SETLEASE, libc::F_UNLCK);
     }
 }
 
@@ -85,6 +109,20 @@ mod tests {
             drop(other);
             assert!(Lease::take(&file).is_some());
         }
+    }
+
+    #[test]
+    fn a_lease_holds_until_others_have_waited_for_too_long() {
+        let seconds = Duration::from_secs;
+        assert!(has_held(seconds(40), Some(seconds(45))));
+        assert!(!has_held(seconds(45), Some(seconds(45))));
+        assert!(!has_held(seconds(100), Some(seconds(45))));
+        assert!(has_held(seconds(100), None));
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        std::fs::write(&path, "content").expect("written");
+        let file = opened(&path);
+        assert!(Lease::take(&file).expect("nobody else has it open").has_held());
     }
 
     #[test]

@@ -76,7 +76,11 @@ impl Merge<'_> {
         let way = if pending.layer_path() == base.path {
             let Some(lease) = file.lease() else { return Ok(None) };
             absorb.switch().map_err(failed)?;
-            drop(lease);
+            // Who has come in between, after all, may have read the old table: nothing of what that leads to is
+            // given back then.
+            if !file.end_lease(lease) {
+                return Ok(None);
+            }
             Way::InPlace
         } else {
             absorb.switch().map_err(failed)?;

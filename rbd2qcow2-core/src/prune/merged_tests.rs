@@ -118,6 +118,31 @@ fn whenever_it_dies_what_stays_is_whole() {
     }
 }
 
+/// A layer that was to be reused may be all that is left, and nobody needs it.
+#[test]
+fn layers_that_nobody_needs_go_where_nothing_else_is_to_be_done() {
+    let options = MergeOptions { least_saving: 0, ..MergeOptions::default() };
+    let run = |fixture: &Fixture, wanted: &Wanted| {
+        let (dest, zone, now) = (fixture.dest.path(), &TimeZone::UTC, Timestamp::MAX);
+        let (options, cancel) = (&options, &Cancel::new());
+        PruneImage { dest, image: &fixture.image, wanted, zone, now, options, observer: &(), cancel }.run()
+    };
+    let clean = Fixture::of_small_changes(3);
+    let stay = names(&clean)[1..].to_vec();
+    fault::plan(None);
+    run(&clean, &newest(2)).expect("pruned");
+    let steps = fault::steps();
+    clean.check_all(&stay);
+    for at in 0..steps.len() {
+        let fixture = Fixture::of_small_changes(3);
+        fault::plan(Some((at, Fault::Crash)));
+        let _ = run(&fixture, &newest(2));
+        fault::steps();
+        run(&fixture, &newest(2)).expect("pruned");
+        fixture.check_all(&stay);
+    }
+}
+
 /// The everyday case: the Python tool began the chain, this program goes on, and old points go every night.
 #[test]
 fn chains_that_the_python_tool_began_are_pruned_while_backups_go_on() {

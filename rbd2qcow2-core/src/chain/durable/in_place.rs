@@ -65,7 +65,13 @@ impl InPlace {
 
     /// Keeps everybody else from opening the file, unless somebody has it open. Who tries waits.
     pub(crate) fn lease(&self) -> Option<Lease<'_>> {
-        Lease::take(&self.file)
+        // What hinders that, others tell, or the next step.
+        self.step("lease").ok().and_then(|()| Lease::take(&self.file))
+    }
+
+    /// Ends a lease, and tells whether nobody can have opened the file as long as it was held.
+    pub(crate) fn end_lease(&self, lease: Lease<'_>) -> bool {
+        self.step("end lease of").is_ok() && lease.has_held()
     }
 
     /// A second handle, for reading.
