@@ -161,6 +161,10 @@ impl ChainWriter {
 
     /// Removes the left-overs that the catalogue found, and a note that has served its purpose.
     fn clean(&mut self) -> Result<(), ChainError> {
+        if !self.catalogue.leftovers().is_empty() {
+            // What makes them superfluous may be a name that a power failure would take back.
+            durable::sync_directory(&self.directory)?;
+        }
         for path in self.catalogue.leftovers() {
             log::info!("removing {}, left behind by an interrupted run", path.display());
             if durable::remove(path)? {

@@ -157,7 +157,7 @@ impl Merge<'_> {
         let survey = self.survey(&MergedSource::new(&chain, layers), &spec)?;
         let whole = Method { layers, points: merged, onto: Onto::Point(self.parent), spec, survey };
         if can_absorb && let Some(method) = self.onto_base(&points, &chain, &whole)? {
-            self.write_onto_base(&points, &chain, &method)?;
+            self.write(&points, &chain, &method)?;
             return Ok(Way::UponBase);
         }
         self.write(&points, &chain, &whole)?;
@@ -213,19 +213,6 @@ impl Merge<'_> {
         }))
     }
 
-    /// Puts all but the oldest layer into one, upon a second name of the oldest.
-    fn write_onto_base(
-        &self,
-        points: &[&Point],
-        chain: &Arc<ChainReader>,
-        method: &Method,
-    ) -> Result<(), MergeError> {
-        let Onto::Base(base) = method.onto else { unreachable!("it is made so") };
-        // Where this fails, the next run removes the name, unless the new layer is in place and needs it.
-        self.writer.keep_base(base)?;
-        self.write(points, chain, method)
-    }
-
     fn write(&self, points: &[&Point], chain: &Arc<ChainReader>, method: &Method) -> Result<(), MergeError> {
         let source = MergedSource::new(chain, method.layers);
         let spec = &method.spec;
@@ -270,6 +257,11 @@ impl Merge<'_> {
             extended_l2,
             ..manifest.record.clone()
         });
+        if let Onto::Base(base) = method.onto {
+            // Where what follows fails, the next run removes the name, unless the new layer is in place and
+            // needs it.
+            self.writer.keep_base(base)?;
+        }
         let virtual_size = spec.virtual_size;
         pending.commit(MergedLayer { virtual_size, extended_l2, record, unverified })?;
         let old = points[0].base.filter(|base| method.onto != Onto::Base(*base));

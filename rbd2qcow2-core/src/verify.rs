@@ -173,8 +173,17 @@ impl VerifyImage<'_> {
         let wanted = self.wanted(&catalogue)?;
         let needed = with_ancestors(&catalogue, &wanted);
         let mut verdicts = BTreeMap::new();
+        // What a base has lost is told of the point that builds upon it.
+        let mut of_bases: BTreeMap<PointName, Vec<Finding>> = BTreeMap::new();
         for point in needed.iter().filter_map(|name| catalogue.layer(*name)) {
-            let verdict = layer::verify(point, self)?;
+            let mut based = catalogue.points().iter().filter(|above| above.base == Some(point.name));
+            let above = if catalogue.point(point.name).is_none() { based.next() } else { None };
+            let verdict = layer::verify(point, above, self)?;
+            if let Some(above) = above {
+                let lost =
+                    verdict.findings.iter().filter(|finding| matches!(finding, Finding::Digests { .. }));
+                of_bases.entry(above.name).or_default().extend(lost.cloned());
+            }
             verdicts.insert(point.name, verdict);
         }
         let mut sources = self.compare_with_snapshots(&catalogue, &wanted)?;
@@ -190,6 +199,9 @@ impl VerifyImage<'_> {
             if sources.get(&name).is_none_or(|source| source.status != SourceStatus::Same) {
                 inherited.entry(name).or_default().extend(findings);
             }
+        }
+        for (name, findings) in of_bases {
+            inherited.entry(name).or_default().extend(findings);
         }
         let gaps: BTreeMap<_, _> = needed
             .iter()
@@ -259,20 +271,18 @@ pub(crate) fn verify_layers(
         cancel,
     };
     let mut reports = Vec::new();
-    let mut above: Option<&Point> = None;
+    let mut last = None;
     for point in points {
-        let verdict = layer::verify(point, &run)?;
+        let above = last.filter(|above: &&Point| above.base == Some(point.name));
+        let verdict = layer::verify(point, above, &run)?;
         let mut finding = verdict.findings.into_iter().next();
         let mut has_digests = verdict.verifiable && point.manifest.is_some();
-        if let Some(above) = above.filter(|above| above.base == Some(point.name)) {
-            // Where it has begun to take over what is above, it differs from its digests, and from its
-            // refcounts, in ways that nobody sees. Its manifest is gone, and that of the point above tells
-            // what it took over.
-            finding =
-                finding.filter(|_| !affected::seen_through(above, &verdict.damage.into_ranges()).is_empty());
+        if above.is_some() {
+            // Its manifest is gone, and that of the point above tells what it took over.
             has_digests = verdict.verifiable;
+            finding = finding.filter(|_| !verdict.damage.is_empty());
         }
-        above = Some(point);
+        last = Some(point);
         let damaged = finding.is_some();
         reports.push(LayerReport { finding, has_digests });
         if damaged {

@@ -288,8 +288,10 @@ impl Catalogue {
         let needed: BTreeSet<PointName> = self.points.iter().filter_map(|point| point.parent).collect();
         self.leftovers = files.partial.clone();
         let mut unused = Vec::new();
-        // A layer of which nobody can tell what it builds upon may need any base.
-        if self.newest_unlinked().is_none() {
+        // A layer of which nobody can tell what it builds upon may need any base, and so may one that was lost,
+        // when it is brought back.
+        let lost = needed.iter().any(|name| self.point(*name).is_none());
+        if self.newest_unlinked().is_none() && !lost {
             for (&name, of_point) in files.by_point.iter().filter(|(name, _)| self.base(**name).is_none()) {
                 let kinds =
                     [(FileKind::Layer, of_point.base_layer), (FileKind::Digests, of_point.base_digests)];

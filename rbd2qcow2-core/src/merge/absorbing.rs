@@ -71,7 +71,10 @@ impl Merge<'_> {
             None => None,
         };
         let failed = |cause| self.not_absorbed(cause);
-        absorb.copy().map_err(failed)?;
+        if let Err(cause) = absorb.copy() {
+            absorb.abandon();
+            return Err(failed(cause));
+        }
         // A copy is seen by nobody, and has no other name.
         let way = if pending.layer_path() == base.path {
             let Some(lease) = file.lease() else { return Ok(None) };
@@ -86,7 +89,11 @@ impl Merge<'_> {
             absorb.switch().map_err(failed)?;
             Way::Shared
         };
-        absorb.finish(&reader()?).map_err(failed)?;
+        match absorb.finish(&reader()?) {
+            // It reads as it should, and is copied.
+            Err(AbsorbError::Unfit { .. }) => return Ok(None),
+            result => result.map_err(failed)?,
+        }
         if self.cancel.is_set() {
             return Err(MergeError::Cancelled);
         }

@@ -188,6 +188,7 @@ impl<'a> Absorb<'a> {
     /// # Errors
     /// [`AbsorbError`].
     pub(crate) fn copy(&mut self) -> Result<(), AbsorbError> {
+        self.settle_table()?;
         self.count_data()?;
         let table = self.above.header().l1_table;
         let mut tables = Vec::new();
@@ -214,6 +215,33 @@ impl<'a> Absorb<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Brings the file's L1 table to stable storage as it was read. An attempt that was cut short, or whose
+    /// flush failed, may have left another there: one that leads to what counts as free here.
+    fn settle_table(&self) -> Result<(), AbsorbError> {
+        let table = self.below.header().l1_table;
+        let source = Source { layer: self.below, cancel: self.cancel };
+        let mut result = Ok(());
+        source.pieces(table.offset, table.entries * 8, |done, bytes| {
+            if result.is_ok() {
+                result = self.write(HostOffset(table.offset + done), bytes);
+            }
+            Ok(())
+        })?;
+        result?;
+        self.sync()
+    }
+
+    /// Gives up: what was added to the file, and nothing leads to, is cut off, if possible. To be called
+    /// before the [`switch`](Self::switch), if at all.
+    pub(crate) fn abandon(&self) {
+        if let Err(error) = self.medium.set_length(self.below.geometry().file_bytes) {
+            log::debug!(
+                "{}: {error}; what was added stays for the next attempt",
+                self.below.path().display()
+            );
+        }
     }
 
     fn source(&self) -> Source<'a> {

@@ -21,7 +21,7 @@ pub(super) fn affected(
             let layers = catalogue.points().iter().chain(catalogue.bases());
             let children = layers.filter(|child| child.below() == Some(below));
             for child in children.filter(|child| points.contains(&child.name)) {
-                let ranges = seen_through(child, &ranges);
+                let ranges = shown_by(child, &ranges);
                 if ranges.is_empty() {
                     continue;
                 }
@@ -38,18 +38,19 @@ pub(super) fn affected(
 }
 
 /// What of `ranges` a point shows of the layers below its own.
-pub(super) fn seen_through(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
+fn shown_by(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
     // A layer that cannot be opened shows nothing; its point is damaged on its own account.
     let Ok(layer) = LayerReader::open(&point.path) else { return Vec::new() };
-    let mut seen = Vec::new();
-    for range in ranges {
-        let range = range.start..range.end.min(layer.virtual_size());
-        if range.is_empty() {
-            continue;
-        }
-        let Ok(pieces) = layer.map(range) else { continue };
-        let absent = pieces.map_while(Result::ok).filter(|(_, piece)| *piece == Piece::Absent);
-        seen.extend(absent.map(|(range, _)| range));
+    ranges.iter().flat_map(|range| seen_through(&layer, range)).collect()
+}
+
+/// What of a range is seen through a layer.
+pub(super) fn seen_through(layer: &LayerReader, range: &Range<u64>) -> Vec<Range<u64>> {
+    let range = range.start..range.end.min(layer.virtual_size());
+    if range.is_empty() {
+        return Vec::new();
     }
-    seen
+    let Ok(pieces) = layer.map(range) else { return Vec::new() };
+    let absent = pieces.map_while(Result::ok).filter(|(_, piece)| *piece == Piece::Absent);
+    absent.map(|(range, _)| range).collect()
 }

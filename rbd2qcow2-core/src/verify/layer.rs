@@ -39,9 +39,21 @@ impl Verdict {
 
 /// Verifies the layer of `point`. What the catalogue has found is not
 /// repeated.
-pub(super) fn verify(point: &Point, run: &VerifyImage<'_>) -> Result<Verdict, VerifyError> {
+///
+/// Of a base, `above` is the point that builds upon it. Where it has begun to take over what is above, it
+/// differs from its digests, and from its refcounts, in ways that nobody sees: only what is seen counts as
+/// damage.
+pub(super) fn verify(
+    point: &Point,
+    above: Option<&Point>,
+    run: &VerifyImage<'_>,
+) -> Result<Verdict, VerifyError> {
     let digests = point.digests.as_path();
     let mut verdict = Verdict::default();
+    // A layer that cannot be opened is damage of its own point, and hides nothing.
+    if let Some(above) = above.and_then(|above| LayerReader::open(&above.path).ok()) {
+        verdict.damage = Damage::below(Arc::new(above));
+    }
     let layer = match LayerReader::open(&point.path) {
         Ok(layer) => layer,
         Err(cause) => {
@@ -59,7 +71,9 @@ pub(super) fn verify(point: &Point, run: &VerifyImage<'_>) -> Result<Verdict, Ve
         return Ok(verdict);
     }
     match examine_digests(point, digests, run.options.sample) {
-        Err(DigestsError::Read(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
+        // The catalogue tells that of points.
+        Err(DigestsError::Read(error)) if error.kind() == std::io::ErrorKind::NotFound && above.is_none() => {
+        }
         Err(cause) => {
             verdict.find(Finding::Digests { path: digests.to_owned(), cause: Arc::new(cause) });
         }

@@ -247,3 +247,70 @@ fn damage_in_the_base_stays_damage() {
         assert!(damaged >= 2, "{:?}", fixture.verify());
     }
 }
+
+/// Far more differences than are kept apart, none of which anybody sees.
+#[test]
+fn a_base_may_differ_in_very_many_places_that_nobody_sees() {
+    let form = Form { cluster_bits: 14, block: 512, ..plain() };
+    let half_done = || {
+        let mut fixture = Fixture::empty("vm");
+        let mut content = next_content(&[], &(24 << 20, vec![(24 << 20, Stretch::Noise(3))]));
+        fixture.back_up(&form, content.clone());
+        // Every other grain of 512 bytes, in half of the image.
+        content[..12 << 20].chunks_mut(1024).for_each(|chunk| chunk[..512].fill(7));
+        fixture.back_up(&form, content);
+        half_done(&fixture);
+        fixture
+    };
+    let fixture = half_done();
+    fault::plan(None);
+    fixture.complete().expect("completed");
+    let steps = fault::steps();
+    fixture.check_all(&fixture.names()[1..]);
+    // The digests come first.
+    let replaced = |step: &String| step.starts_with("replace") && step.ends_with(".digests.base");
+    let digests = steps.iter().position(replaced).expect("it has new digests");
+    let fixture = half_done();
+    fault::plan(Some((digests + 1, Fault::Crash)));
+    fixture.complete().expect_err("cut short");
+    fault::steps();
+    fixture.check_verified("cut short");
+    let base = fixture.catalogue().base(fixture.names()[0]).expect("a base").path.clone();
+    let reader = fs::File::open(base).expect("opened");
+    fixture.complete().expect("copied");
+    drop(reader);
+    fixture.check_all(&fixture.names()[1..]);
+}
+
+/// What a base has lost is damage of the point above it.
+#[test]
+fn a_base_whose_digests_are_lost_is_damage() {
+    for lost in [true, false] {
+        let fixture = Fixture::of_small_changes(3);
+        half_done(&fixture);
+        let path = fixture.catalogue().base(fixture.names()[0]).expect("a base").digests.clone();
+        let mut bytes = fs::read(&path).expect("read");
+        bytes[100] ^= 1;
+        fs::remove_file(&path).expect("removed");
+        if !lost {
+            fs::write(&path, bytes).expect("written");
+        }
+        let report = &fixture.verify()[0];
+        assert_eq!(report.status, VerifyStatus::Damaged, "{report:?}");
+    }
+}
+
+/// A layer that was moved away may be brought back, and needs its base then.
+#[test]
+fn a_base_waits_for_a_lost_layer_that_others_build_upon() {
+    let fixture = Fixture::of_small_changes(3);
+    half_done(&fixture);
+    let (path, away) = (fixture.layer(1), fixture.out.path().join("away"));
+    let kept = fs::read(&path).expect("read");
+    fs::remove_file(&path).expect("removed");
+    fs::write(&away, kept).expect("written");
+    drop(fixture.writer());
+    fs::copy(&away, &path).expect("brought back");
+    fixture.check_content();
+    fixture.check_verified("brought back");
+}

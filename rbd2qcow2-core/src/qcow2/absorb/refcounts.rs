@@ -18,6 +18,8 @@ impl Absorb<'_> {
     /// [`AbsorbError`].
     pub(crate) fn finish(mut self, now: &LayerReader) -> Result<(), AbsorbError> {
         self.sync()?;
+        // The old one goes first: there is memory for one.
+        self.usage = Usage::default();
         self.usage = Usage::of(now, self.cancel)?;
         let blocks = self.refcount_blocks(now)?;
         self.count(now, &blocks)?;

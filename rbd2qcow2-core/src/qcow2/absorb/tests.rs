@@ -15,6 +15,8 @@ use crate::layer::{Compression, ExtendedL2};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::check::check;
 
+mod power;
+
 /// A file of which all changes fail from a certain one on.
 struct Faulty {
     file: File,

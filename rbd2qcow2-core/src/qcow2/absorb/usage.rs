@@ -33,7 +33,7 @@ impl Bits {
 }
 
 /// Which clusters of a file are in use, by its tables: refcounts are not believed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Usage {
     used: Bits,
     /// First cluster behind all that are used.
@@ -48,7 +48,7 @@ impl Usage {
     /// # Errors
     /// [`AbsorbError::UsedTwice`], [`AbsorbError::Read`], [`AbsorbError::Cancelled`].
     pub(super) fn of(layer: &LayerReader, cancel: &Cancel) -> Result<Self, AbsorbError> {
-        let mut usage = Self { used: Bits::default(), end: 0, next: 0 };
+        let mut usage = Self::default();
         // Clusters that hold packed data, which may be shared by such.
         let mut packed = Bits::default();
         let mut twice = None;
