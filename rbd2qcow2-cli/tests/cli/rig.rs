@@ -433,8 +433,11 @@ impl Running {
     }
 
     /// Kills it, and tells whether it had not ended by itself before.
-    pub fn kill(self) -> bool {
-        self.signal(Signal::KILL);
+    pub fn kill(mut self) -> bool {
+        // Who has looked whether it has ended has waited for it, too.
+        if !self.has_ended() {
+            self.signal(Signal::KILL);
+        }
         let (status, run) = self.wait_status();
         assert!(status.signal() == Some(9) || status.success(), "{status}: {run:?}");
         status.signal() == Some(9)
