@@ -125,7 +125,8 @@ def run(command, osds=None, places=(), env=None):
             out.seek(0)
             text = out.read().decode(errors="replace")
     if child.returncode:
-        raise Failed(f"status {child.returncode} of: {command}\n{text[-2000:]}")
+        last = command.strip().splitlines()[-1]
+        raise Failed(f"status {child.returncode} of: {last}\n{text[-2000:]}")
     # The largest of its processes is known exactly; the sum of them only now and then.
     memory = max(peak[0], usage.ru_maxrss * 1024)
     sent = osds.sent() - before if osds else 0

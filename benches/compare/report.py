@@ -34,7 +34,8 @@ def rows(workload):
         rate = ""
         if items:
             times = seconds or [run["wall"] for run in found]
-            rate = f"{items / statistics.median(times):,.0f}/s"
+            # It tells of milliseconds.
+            rate = f"{items / max(statistics.median(times), 0.001):,.0f}/s"
         yield [
             name,
             spread([run["wall"] for run in found], ".2f"),

@@ -210,7 +210,6 @@ def debian_full(b):
                 # What a machine is made of, but no more than a few GiB.
                 find /usr/$part -xdev \\( -type f -o -type l \\) -size -8M -print0
             done >$WORK/names
-            cp --parents -a -t $WORK/tree $(true) 2>/dev/null || true
             tar --null --no-recursion -T $WORK/names -cf - 2>/dev/null | head -c 2684354560 |
                 tar -C $WORK/tree -xf - 2>/dev/null || true
             mkfs.ext4 -q -F -d $WORK/tree {tree} 4G
@@ -283,7 +282,7 @@ def fifty(b):
                   before=f"rm -rf {out}; mkdir {out}", items=50),
     ]
     for contender in contenders:
-        contender.after = f"for name in {listed}; do forget $name & (( ++n % 8 )) || wait; done; wait"
+        contender.after = f"n=0; for name in {listed}; do forget $name & (( ++n % 8 )) || wait; done; wait"
         contender.places = (f"{b.work}/out",)
     return Workload("fifty", "50 images of 64 MiB, unchanged", contenders, NO_INCREMENT)
 
@@ -354,7 +353,7 @@ def restore(b):
 
 def verify(b):
     file = backed_up(b)
-    snapshot = f"rbd:rbd/noise@$(jq -r .snapshot_name $WORK/whole/noise/*.json)"
+    snapshot = f"rbd:rbd/noise@$(jq -r .snapshot $WORK/whole/noise/*.json)"
     contenders = [
         Contender("rbd2qcow2 verify", "$R -q verify $WORK/whole noise"),
         Contender("rbd2qcow2 verify --source", "$R -q verify --source $WORK/whole noise"),

@@ -195,8 +195,9 @@ pub struct BackupArgs {
     /// Leave out images whose name matches; may be given several times
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
-    /// Images at once. All share one budget of memory for what is read; each file that is being
-    /// written takes up to 32 MiB besides
+    /// Images that are copied at once. With more than 1, the snapshots of up to three times as many are
+    /// taken or removed meanwhile, since the cluster takes its time for that. All share one budget of
+    /// memory for what is read; each file that is being written takes up to 32 MiB besides
     #[arg(short, long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=256))]
     jobs: u16,
     /// Reads in flight for each image

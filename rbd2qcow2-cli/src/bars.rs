@@ -1,7 +1,7 @@
 //! Progress bars: one for each image under way and one for the whole run.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
 use rbd2qcow2_core::progress::{Progress, Stage};
@@ -15,6 +15,10 @@ mod moving;
 pub use amount::tick_amount;
 pub use merge::MergeTicks;
 pub use moving::{Moving, image_bar};
+
+/// How long an image may do something else than copy before its bar is shown. What takes only a moment is
+/// done for many images at once, and their bars would fill the screen.
+const MOMENT: Duration = Duration::from_secs(5);
 
 /// Steps of the total's bar for each image. Sizes of images that were not begun are unknown, so the
 /// total counts images, each in so many parts.
@@ -56,10 +60,14 @@ struct Running {
     image: String,
     /// What it is doing.
     stage: Stage,
+    /// Since when.
+    since: Instant,
     /// Its counters.
     progress: Arc<Progress>,
     /// Its bar: bytes done, of its size.
     bar: ProgressBar,
+    /// Whether the bar is drawn.
+    shown: bool,
     /// Never drawn: keeps the rate of its reads.
     reads: ProgressBar,
 }
@@ -80,13 +88,13 @@ impl Bars {
 
     /// An image has begun.
     pub fn started(&self, image: &str, progress: &Arc<Progress>) {
-        let bar = ProgressBar::new(1).with_style(style()).with_prefix(human::name(image));
-        let bar = self.multi.insert_before(&self.total, bar);
         let running = Running {
             image: image.to_owned(),
             stage: Stage::Prepare,
+            since: Instant::now(),
             progress: Arc::clone(progress),
-            bar,
+            bar: ProgressBar::hidden().with_style(style()).with_prefix(human::name(image)),
+            shown: false,
             reads: ProgressBar::hidden(),
         };
         self.state().running.push(running);
@@ -95,7 +103,7 @@ impl Bars {
     /// An image has reached a stage.
     pub fn stage(&self, image: &str, stage: Stage) {
         if let Some(running) = self.state().running.iter_mut().find(|running| running.image == image) {
-            running.stage = stage;
+            (running.stage, running.since) = (stage, Instant::now());
         }
     }
 
@@ -113,7 +121,11 @@ impl Bars {
 
     /// Brings all bars up to date. To be called some times a second.
     pub fn tick(&self) {
-        let state = self.state();
+        let mut state = self.state();
+        for running in state.running.iter_mut().filter(|running| running.is_to_show()) {
+            running.bar = self.multi.insert_before(&self.total, running.bar.clone());
+            running.shown = true;
+        }
         let (mut parts, mut read) = (state.ended.saturating_mul(PARTS), state.ended_read);
         for running in &state.running {
             running.tick();
@@ -149,6 +161,12 @@ impl Bars {
 }
 
 impl Running {
+    /// Whether a bar that is not drawn is to be drawn from now on.
+    fn is_to_show(&self) -> bool {
+        let long = || self.stage != Stage::Queue && self.since.elapsed() >= MOMENT;
+        !self.shown && (self.stage == Stage::Copy || long())
+    }
+
     /// Brings the image's bar up to date.
     fn tick(&self) {
         let word = stages::word(self.stage);

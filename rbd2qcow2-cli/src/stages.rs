@@ -14,6 +14,7 @@ pub fn word(stage: Stage) -> &'static str {
     match stage {
         Stage::Prepare => "prepare",
         Stage::Snapshot => "snapshot",
+        Stage::Queue => "queue",
         Stage::Empty => "empty",
         Stage::Verify => "verify",
         Stage::Copy => "copy",

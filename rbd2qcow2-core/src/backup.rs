@@ -15,6 +15,7 @@ use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
+use crate::pool::Turns;
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
@@ -99,6 +100,8 @@ pub struct Backup<'a> {
     pub compressors: &'a Compressors,
     /// Where the memory comes from.
     pub buffers: &'a BufferPool,
+    /// How many images copy at once.
+    pub turns: &'a Turns,
     /// Limits the reads.
     pub rate_limit: Option<&'a RateLimit>,
     /// Is told how it goes.
@@ -173,6 +176,9 @@ impl Backup<'_> {
         // A restore that began meanwhile marks the image before it changes anything.
         refuse_half_restored(&source.image().metadata()?)?;
 
+        self.stage(Stage::Queue);
+        let Some(turn) = self.turns.take(&stop) else { return Err(BackupError::Cancelled) };
+
         self.stage(Stage::Copy);
         let cluster_size = self.options.cluster_size.unwrap_or(LayerSpec::DEFAULT_CLUSTER_SIZE);
         let pending =
@@ -181,6 +187,7 @@ impl Backup<'_> {
         report.virtual_size = source.info().size;
         report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
         copy::finish(&*layer, self.cancel)?;
+        drop(turn);
 
         self.stage(Stage::Commit);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;

@@ -124,7 +124,7 @@ impl Output {
 }
 
 /// Whether a file system says with this that it does not do direct writes, or not such ones.
-fn is_unsupported(error: &io::Error) -> bool {
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::NOTSUP, Errno::OPNOTSUPP]
         .map(Errno::raw_os_error)
         .map(Some)

@@ -151,7 +151,7 @@ fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, Poi
         whole: catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect(),
         cause: problem.into(),
     })?;
-    ChainReader::open(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
+    ChainReader::open_to_read_once(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
 }
 
 fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> PointError {

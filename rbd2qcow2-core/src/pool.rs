@@ -18,8 +18,16 @@ use crate::progress::{ImageReport, Observer, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Cluster, ClusterOptions, Patience, Pool, RbdError};
 
+mod turns;
+
+pub use turns::{Turn, Turns};
+
 /// The least memory for image data that a run works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
+
+/// How many images are under way for each that may copy. A snapshot takes the monitors about a second,
+/// and so does removing the one before; that time passes for several images at once.
+const UNDER_WAY: usize = 4;
 
 /// Which images of which pool go where.
 #[derive(Clone, Debug, Default)]
@@ -36,7 +44,8 @@ pub struct PoolBackup {
     pub images: Vec<String>,
     /// Glob patterns of images that are left out.
     pub exclude: Vec<String>,
-    /// Images at once, at least 1.
+    /// Images that are copied at once, at least 1. With more than 1, the snapshots of up to three times as
+    /// many are taken, or removed, meanwhile.
     pub jobs: usize,
     /// How each is backed up.
     pub options: BackupOptions,
@@ -113,6 +122,7 @@ impl PoolBackup {
         let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));
         let compressors = Compressors::default();
         let rate_limit = self.options.rate_limit.map(RateLimit::new);
+        let turns = Turns::new(self.jobs);
         let backup = |image| Backup {
             pool: &pool,
             fsid: &fsid,
@@ -124,6 +134,7 @@ impl PoolBackup {
             tools: &tools,
             compressors: &compressors,
             buffers: &buffers,
+            turns: &turns,
             rate_limit: rate_limit.as_ref(),
             observer,
             cancel,
@@ -141,8 +152,10 @@ impl PoolBackup {
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..self.jobs.min(images.len()) {
-                // Fewer jobs do the same work: the first runs in this thread.
+            // Whoever wants one after the other gets that.
+            let under_way = if self.jobs > 1 { self.jobs * UNDER_WAY } else { 1 };
+            for _ in 1..under_way.min(images.len()) {
+                // Fewer threads do the same work: the first is this one.
                 if let Err(error) = std::thread::Builder::new().name("image".into()).spawn_scoped(scope, job)
                 {
                     log::warn!("cannot start a thread for another image at once: {error}");

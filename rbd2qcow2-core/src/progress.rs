@@ -83,6 +83,8 @@ pub enum Stage {
     Prepare,
     /// Taking the snapshot.
     Snapshot,
+    /// Waiting until others have copied.
+    Queue,
     /// Removing what an existing image holds where the point that is restored has nothing.
     Empty,
     /// Holding layers that are to be merged against their digests.

@@ -10,6 +10,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
+
 pub mod absorb;
 pub mod chain;
 pub mod check;
@@ -39,7 +41,12 @@ const LEASE_PAUSE: Duration = Duration::from_millis(10);
 /// # Errors
 /// What `open(2)` and `fstat(2)` say.
 pub(crate) fn open_regular(path: &Path) -> io::Result<Option<(File, Metadata)>> {
-    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
+    open_regular_with(path, OFlags::empty())
+}
+
+/// The same, with more flags.
+fn open_regular_with(path: &Path, flags: OFlags) -> io::Result<Option<(File, Metadata)>> {
+    let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let open = || File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path);
     let mut opened = open();
     for _ in 0..LEASE_TRIES {

@@ -48,9 +48,17 @@ impl ChainReader {
     /// file in the same directory), [`ReadError::Backing`] where a header names another file than
     /// the next of `paths`, or the last one names any.
     pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
-        let layers =
-            paths.iter().map(|path| LayerReader::open(path.as_ref())).collect::<Result<Vec<_>, _>>()?;
-        Self::from_layers(layers)
+        let open = |path: &P| LayerReader::open(path.as_ref());
+        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
+    }
+
+    /// The same, for data that are read once: see [`LayerReader::open_to_read_once`].
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_to_read_once<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
+        let open = |path: &P| LayerReader::open_to_read_once(path.as_ref());
+        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
     }
 
     /// Joins open layers, the newest first.

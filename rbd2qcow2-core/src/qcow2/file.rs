@@ -3,10 +3,17 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::OFlags;
+
+use super::open_regular_with;
 use super::table::HostOffset;
+use crate::buffer::ALIGNMENT;
+use crate::output::is_unsupported;
 
 /// What tables may take in memory, per layer, in bytes: with the default clusters of 128 KiB they
 /// describe 32 GiB of an image.
@@ -15,6 +22,10 @@ const CACHE_BYTES: usize = 4 << 20;
 /// What is read and kept of a table at once, in bytes, unless the cluster is smaller: of a table of
 /// 2 MiB only what is used. No smaller, since it costs a read.
 const PAGE_BYTES: u64 = 16 << 10;
+
+/// The shortest read that goes past the page cache, in bytes. Tables are read in shorter pieces, and more
+/// than once.
+const DIRECT_BYTES: usize = 64 << 10;
 
 /// Something that can be read from at any place, from many threads at once.
 pub trait ReadAt: Send + Sync {
@@ -38,6 +49,69 @@ impl ReadAt for File {
             }
         }
         Ok(filled)
+    }
+}
+
+/// A file whose data are read once: long reads into aligned memory go past the page cache. Reading what it
+/// does not hold through it costs three times the processor's time, and pushes out what others need.
+#[derive(Debug)]
+pub(super) struct ReadOnce {
+    buffered: File,
+    /// The same file. `None` where the file system does without.
+    direct: Option<File>,
+    /// Set when the file system refuses direct reads that it seemed to take.
+    refused: AtomicBool,
+}
+
+impl ReadOnce {
+    /// `buffered` was opened by the path `path`.
+    pub(super) fn new(buffered: File, path: &Path) -> io::Result<Self> {
+        let opened = match open_regular_with(path, OFlags::DIRECT) {
+            Err(error) if is_unsupported(&error) => None,
+            opened => opened?,
+        };
+        let known = buffered.metadata()?;
+        let same = opened.filter(|(_, other)| (other.dev(), other.ino()) == (known.dev(), known.ino()));
+        Ok(Self { buffered, direct: same.map(|(file, _)| file), refused: AtomicBool::new(false) })
+    }
+
+    /// Reads whole pages from `offset` on, if possible, and returns their length.
+    fn read_direct(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let usable = buf.len() >= DIRECT_BYTES
+            && offset.is_multiple_of(ALIGNMENT as u64)
+            && buf.as_ptr().align_offset(ALIGNMENT) == 0
+            && !self.refused.load(Ordering::Relaxed);
+        let Some(file) = self.direct.as_ref().filter(|_| usable) else { return Ok(0) };
+        let whole = buf.len() - buf.len() % ALIGNMENT;
+        let mut filled = 0;
+        while filled < whole {
+            match FileExt::read_at(file, &mut buf[filled..whole], offset + filled as u64) {
+                Ok(count) => {
+                    filled += count;
+                    // The end of the file, or of what can be read so.
+                    if count == 0 || !count.is_multiple_of(ALIGNMENT) {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if is_unsupported(&error) => {
+                    self.refused.store(true, Ordering::Relaxed);
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(filled)
+    }
+}
+
+impl ReadAt for ReadOnce {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        let filled = self.read_direct(buf, offset)?;
+        if filled == buf.len() {
+            return Ok(filled);
+        }
+        Ok(filled + ReadAt::read_at(&self.buffered, &mut buf[filled..], offset + filled as u64)?)
     }
 }
 
@@ -141,6 +215,53 @@ impl Kept {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reads_past_the_page_cache_are_the_same_reads() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        let content: Vec<u8> = (0..300_001_u32).map(|n| n.to_le_bytes()[n as usize % 3]).collect();
+        std::fs::write(&path, &content).expect("written");
+        let file = ReadOnce::new(File::open(&path).expect("open"), &path).expect("opened twice");
+        let pool = crate::buffer::BufferPool::new(1 << 20);
+        for (offset, length) in [
+            (0, 65_536),
+            (4096, 200_000),
+            (1, 100_000),
+            (0, 10),
+            (200_000, 1 << 19),
+            (262_144, 98_304),
+            (1 << 20, 65_536),
+        ] {
+            let mut buffer = pool.get(length, &crate::cancel::Cancel::new()).expect("not cancelled");
+            buffer.fill(0xEE);
+            let count = file.read_at(&mut buffer, offset).expect("readable");
+            let start = content.len().min(usize::try_from(offset).expect("small"));
+            assert_eq!(&buffer[..count], &content[start..content.len().min(start + length)]);
+        }
+        if file.direct.is_some() {
+            let mut buffer = pool.get(65_536, &crate::cancel::Cancel::new()).expect("not cancelled");
+            let direct = file.read_direct(&mut buffer, 4096).expect("readable");
+            assert!(direct == 65_536 || file.refused.load(Ordering::Relaxed));
+        }
+    }
+
+    #[test]
+    fn a_file_that_takes_no_direct_reads_is_read_all_the_same() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        std::fs::write(&path, vec![7; 1 << 17]).expect("written");
+        // Opened for writing alone, it answers reads with an error that is none of support.
+        let direct = Some(File::options().write(true).open(&path).expect("open"));
+        let buffered = File::open(&path).expect("open");
+        let broken = ReadOnce { buffered, direct, refused: AtomicBool::new(false) };
+        let pool = crate::buffer::BufferPool::new(1 << 20);
+        let mut buffer = pool.get(1 << 17, &crate::cancel::Cancel::new()).expect("not cancelled");
+        assert!(broken.read_at(&mut buffer, 0).is_err(), "an error was hidden");
+        let refused = ReadOnce { refused: AtomicBool::new(true), ..broken };
+        assert_eq!(refused.read_at(&mut buffer, 0).expect("readable"), 1 << 17);
+        assert!(buffer.iter().all(|byte| *byte == 7));
+    }
 
     #[test]
     fn the_pages_used_last_are_kept() {

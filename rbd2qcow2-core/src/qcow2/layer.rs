@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::compressed::unpack;
 use super::error::ReadError;
-use super::file::{Page, PageCache, ReadAt};
+use super::file::{Page, PageCache, ReadAt, ReadOnce};
 use super::header::{Header, HeaderError};
 use super::open_regular;
 use super::table::{CompressedCluster, Geometry, GuestOffset, HostOffset, L2Entry};
@@ -61,12 +61,29 @@ impl LayerReader {
     /// # Errors
     /// [`ReadError::Header`], as in [`from_source`](Self::from_source).
     pub fn open(path: &Path) -> Result<Self, ReadError> {
+        Self::open_as(path, |file| Ok(Box::new(file)))
+    }
+
+    /// The same, for data that are read once: long reads into page-aligned memory go past the page cache
+    /// where the file system allows that.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_to_read_once(path: &Path) -> Result<Self, ReadError> {
+        Self::open_as(path, |file| Ok(Box::new(ReadOnce::new(file, path)?)))
+    }
+
+    fn open_as(
+        path: &Path,
+        reader: impl FnOnce(File) -> std::io::Result<Box<dyn ReadAt>>,
+    ) -> Result<Self, ReadError> {
         let failed = |cause| ReadError::Header { path: path.to_owned(), cause };
         let (file, metadata) = open_regular(path)
             .map_err(|error| failed(HeaderError::Read(error)))?
             .ok_or_else(|| failed(HeaderError::NotARegularFile))?;
         let header = Header::read_from(&file, metadata.len()).map_err(failed)?;
-        Self::new(path, Box::<File>::new(file), header, metadata.len())
+        let file = reader(file).map_err(|error| failed(HeaderError::Read(error)))?;
+        Self::new(path, file, header, metadata.len())
     }
 
     /// Takes what `source` holds, `source_bytes` bytes, for a layer; `path` is what errors call it.
