@@ -26,7 +26,7 @@ use crate::rbd::{Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
 
 /// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent
 /// requests busy, few enough to spread a small image over all threads.
-const SEGMENT_OBJECTS: u64 = 32;
+const SEGMENT_OBJECTS: u64 = 128;
 const SEGMENT_BYTES: u64 = 16 << 20;
 
 /// Units whose existence is looked up at a time. With objects of 4 MiB that is 4 TiB, in 128 KiB of
