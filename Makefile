@@ -1,6 +1,6 @@
 # Entry points for people and for CI. What they do is in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help build test demo fmt lint doc fuzz-short bench clean
+.PHONY: help build test demo fmt lint doc fuzz-short bench compare clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ fuzz-short: ## Run each fuzz target for FUZZ_SECONDS (20)
 bench: ## Run the benchmarks, which need no Ceph
 	scripts/install-deps build test
 	cargo bench -p rbd2qcow2-benches
+
+compare: ## Measure side by side with other tools, on a disposable cluster (30 min)
+	scripts/compare
 
 clean: ## Remove everything that was built
 	cargo clean

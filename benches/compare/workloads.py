@@ -17,8 +17,10 @@ from measure import run
 GIB = 1 << 30
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-# Removes the snapshots of image $1 but for those that it had when `remember` was called.
+# `cold` is the day of a restore: nothing of the file is in the page cache.
+# `forget` removes the snapshots of image $1 but for those that it had when `remember` was called.
 PREAMBLE = r"""
+cold() { sync; echo 1 >/proc/sys/vm/drop_caches; }
 snapshots() { rbd snap ls --format json "rbd/$1" | jq -r '.[].name'; }
 remember() { snapshots "$1" | sort >"$WORK/$1.snapshots"; }
 forget() {
@@ -345,7 +347,7 @@ def restore(b):
                   "[ qemu-nbd --cache=none -f raw rbd:rbd/restored ]"),
     ]
     for contender in contenders:
-        contender.after = "rbd rm --no-progress rbd/restored"
+        contender.before, contender.after = "cold", "rbd rm --no-progress rbd/restored"
         contender.check = f"qemu-img compare -q -f qcow2 -F raw {file} rbd:rbd/restored"
     cannot = {"rbd import-diff": "reads only what export-diff wrote", "rbd import": "reads no qcow2"}
     return Workload("restore", "Restore of 3 GiB into a new RBD image", contenders, cannot)
@@ -359,8 +361,10 @@ def verify(b):
         Contender("rbd2qcow2 verify --source", "$R -q verify --source $WORK/whole noise"),
         Contender("qemu-img check", f"qemu-img check -q {file}"),
         Contender("qemu-img compare", f"qemu-img compare -q -f qcow2 -F raw {file} {snapshot}"),
-        Contender("b3sum's like: sha256sum", f"sha256sum {file} >/dev/null"),
+        Contender("sha256sum", f"sha256sum {file} >/dev/null"),
     ]
+    for contender in contenders:
+        contender.before = "cold"
     return Workload("verify", "Verification of a point of 3 GiB", contenders)
 
 
@@ -381,7 +385,7 @@ def prune(b):
                   layers + "qemu-img commit -q -t none \"${layers[1]}\" && mv -f \"${layers[0]}\" \"${layers[1]}\""),
     ]
     for contender in contenders:
-        contender.before = f"rm -rf {out}; cp -a $WORK/chain {out}; sync"
+        contender.before = f"rm -rf {out}; cp -a $WORK/chain {out}; cold"
         contender.places = (f"{b.work}/out",)
     cannot = {"rbd export-diff": "diffs cannot be removed but by rbd merge-diff of files", "qemu-img convert": "keeps no chain"}
     return Workload("prune", "Removal of the oldest of 5 points, a full one of 3 GiB", contenders, cannot)

@@ -16,6 +16,9 @@ use crate::buffer::ALIGNMENT;
 /// longer excludes all others.
 const GROWTH: u64 = 256 << 20;
 
+/// The shortest write that goes past the page cache, in bytes.
+const DIRECT_LEAST: usize = 64 << 10;
+
 /// A file that is written in pieces, each place once.
 #[derive(Debug)]
 pub(crate) struct Output {
@@ -83,7 +86,7 @@ impl Output {
             && offset.is_multiple_of(ALIGNMENT as u64)
             && bytes.as_ptr().align_offset(ALIGNMENT) == 0;
         let pages = &bytes[..bytes.len() - bytes.len() % ALIGNMENT];
-        let Some(file) = self.direct.as_ref().filter(|_| usable && !pages.is_empty()) else { return Ok(0) };
+        let Some(file) = self.direct.as_ref().filter(|_| usable && pages.len() >= DIRECT_LEAST) else { return Ok(0) };
         match file.write_all_at(pages, offset) {
             Ok(()) => Ok(pages.len()),
             Err(error) if is_unsupported(&error) => {
