@@ -60,6 +60,7 @@ def table(results):
     lines = ["# Side by side", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
     lines += [f"- rounds: {results['rounds']}; medians, in brackets the least and the most", ""]
+    lines += goals_table(results)
     for workload in results["workloads"]:
         lines += [f"## {workload['title']}", ""]
         body = list(rows(workload))
@@ -73,7 +74,60 @@ def table(results):
     return "\n".join(lines)
 
 
+def against(workload, one, other, what="wall"):
+    """The median ratio of two contenders, in the rounds that both have, with its spread."""
+    runs = workload["runs"]
+    return ratios(runs.get(one) or [], runs.get(other) or [], what)
+
+
+def goals(results):
+    """What the project has set itself: (goal, ratios or values, limit, whether less is better)."""
+    found = {workload["key"]: workload for workload in results["workloads"]}
+    if full := found.get("full"):
+        yield "full, random data: wall / `qemu-img convert`", against(full, OURS, "qemu-img convert"), 1.0, True
+        yield "full, random data: wall / the floor", against(full, OURS, FLOOR), 1.25, True
+        yield "full, random data: CPU / reading alone", against(full, OURS, "floor: read", "cpu"), 1.25, True
+    if debian := found.get("debian"):
+        theirs = "qemu-img convert -c zstd"
+        yield "Debian, zstd: times as fast as `qemu-img convert -c`", against(debian, theirs, OURS + " zstd"), 2.0, False
+        yield "Debian, zstd: file / theirs", against(debian, OURS + " zstd", theirs, "stored"), 1.0, True
+    if scattered := found.get("scattered"):
+        yield "scattered: wall / `rbd export-diff`", against(scattered, OURS, "rbd export-diff"), 0.25, True
+        stored = [run["stored"] / (4096 * 4096) for run in scattered["runs"].get(OURS) or []]
+        yield "scattered: stored / changed bytes", stored, 2.0, True
+    if sparse := found.get("diff-sparse"):
+        yield "diff of 1 TiB, 256 objects: seconds", [r["figure"] for r in sparse["runs"].get(OURS) or []], 0.5, True
+    if objects := found.get("diff-full"):
+        pairs = zip(objects["runs"].get("rbd diff") or [], objects["runs"].get(OURS) or [])
+        yield "diff of 32,768 objects: times `rbd diff`'s rate", [a["wall"] / b["figure"] for a, b in pairs], 2.5, False
+    if fifty := found.get("fifty"):
+        yield "50 unchanged images: times the rate of one at a time with qemu-nbd", \
+            against(fifty, OURS + " -j 1 qemu-nbd", OURS), 10.0, False
+    if restore := found.get("restore"):
+        yield "restore: wall / `qemu-img convert -n -W -m 16`", against(restore, OURS, "qemu-img convert -n"), 1.0, True
+    # What another program takes is not the limit's.
+    own = [run["memory"] / (1 << 20) for workload in results["workloads"] for name, runs in workload["runs"].items()
+           if name.startswith(OURS) and "qemu-nbd" not in name for run in runs]
+    yield "peak memory of any of its runs, MiB", [max(own, default=0)], 256, True
+
+
+def goals_table(results):
+    """Markdown."""
+    lines = ["## Goals", "", "| | measured | goal | |", "|---|---|---|---|"]
+    for goal, values, limit, less in goals(results):
+        if values:
+            value = statistics.median(values)
+            holds = "holds" if (value <= limit if less else value >= limit) else "**does not hold**"
+            lines.append(f"| {goal} | {spread(values, '.2f')} | {'<=' if less else '>='} {limit:g} | {holds} |")
+    return lines + [""]
+
+
 COLOURS = {"floor": "#b8c0c8", OURS: "#2563a8", "": "#d9a441"}
+# The picture is for people who have a minute: not all of the workloads, nor all that was measured of them.
+SHOWN = {
+    "full": "", "debian": "zstd", "scattered": "", "fifty": "", "restore": "",
+}
+HIDDEN = "floor: read", "--diff fast"
 ROW, LEFT, WIDTH = 18, 210, 760
 
 
@@ -85,7 +139,13 @@ def picture(results):
     """Bars of the medians of the wall time, with lines from the least to the most, in SVG."""
     parts, y = [], 24
     for workload in results["workloads"]:
-        runs = {name: [run["wall"] for run in found] for name, found in workload["runs"].items() if found}
+        word = SHOWN.get(workload["key"])
+        if word is None:
+            continue
+        runs = {
+            name: [run["wall"] for run in found] for name, found in workload["runs"].items()
+            if found and word in name and name not in HIDDEN
+        }
         if not runs:
             continue
         most = max(max(walls) for walls in runs.values())

@@ -86,7 +86,9 @@ impl Output {
             && offset.is_multiple_of(ALIGNMENT as u64)
             && bytes.as_ptr().align_offset(ALIGNMENT) == 0;
         let pages = &bytes[..bytes.len() - bytes.len() % ALIGNMENT];
-        let Some(file) = self.direct.as_ref().filter(|_| usable && pages.len() >= DIRECT_LEAST) else { return Ok(0) };
+        let Some(file) = self.direct.as_ref().filter(|_| usable && pages.len() >= DIRECT_LEAST) else {
+            return Ok(0);
+        };
         match file.write_all_at(pages, offset) {
             Ok(()) => Ok(pages.len()),
             Err(error) if is_unsupported(&error) => {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -143,6 +143,8 @@ pub struct Snap {
 pub struct Driver {
     /// One command at a time.
     child: Mutex<Process>,
+    /// The cluster's configuration file.
+    conf: PathBuf,
     /// What the child says on its stderr.
     stderr: NamedTempFile,
 }
@@ -159,28 +161,14 @@ impl Driver {
     /// Starts a client of the cluster that the configuration file describes.
     pub fn start(conf: &Path) -> Result<Self> {
         let stderr = NamedTempFile::new().expect("a temporary file");
-        let errors = stderr.reopen().expect("the temporary file");
-        let mut child = Command::new(PYTHON)
-            .args(["-c", SCRIPT])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(errors)
-            .spawn()
-            .unwrap_or_else(|error| panic!("cannot start {PYTHON}: {error}"));
-        let stdout = child.stdout.take().expect("a pipe");
-        let (send, answers) = channel();
-        // Ends with the child's stdout.
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(std::io::Result::ok) {
-                if send.send(line).is_err() {
-                    break;
-                }
-            }
-        });
-        let stdin = child.stdin.take();
-        let driver = Self { child: Mutex::new(Process { child, stdin, answers }), stderr };
-        driver.run("connect", json!({ "conf": conf }))?;
+        let child = Mutex::new(Process::start(&stderr));
+        let driver = Self { child, conf: conf.to_owned(), stderr };
+        driver.connect()?;
         Ok(driver)
+    }
+
+    fn connect(&self) -> Result<()> {
+        self.act("connect", json!({ "conf": self.conf }))
     }
 
     /// Sends a command and waits for its answer.
@@ -245,6 +233,20 @@ impl Driver {
         Ok(value.unwrap_or_else(|error| panic!("the driver answered {name} with {answer}: {error}")))
     }
 
+    /// The same for a command that only looks: where the child broke down over it, a new one is asked.
+    fn look<T: for<'a> Deserialize<'a>>(&self, name: &str, request: Value) -> Result<T> {
+        match self.ask(name, request.clone()) {
+            Err(error) if error.is_breakdown() => {
+                crate::cluster::say(&format!("the second client is started anew: {error}"));
+                *self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
+                    Process::start(&self.stderr);
+                self.connect()?;
+                self.ask(name, request)
+            }
+            answer => answer,
+        }
+    }
+
     /// Kills the child, as librbd does now and then.
     pub fn kill(&self) {
         self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).kill();
@@ -283,7 +285,7 @@ impl Driver {
 
     /// The names of a pool's images, sorted.
     pub fn images(&self, pool: &str, namespace: &str) -> Result<Vec<String>> {
-        self.ask("images", json!({ "pool": pool, "namespace": namespace }))
+        self.look("images", json!({ "pool": pool, "namespace": namespace }))
     }
 
     // --- Images
@@ -333,7 +335,7 @@ impl Driver {
 
     /// The properties at a snapshot, or at the head.
     pub fn info(&self, spec: &Spec, snapshot: Option<&str>) -> Result<Info> {
-        self.ask("info", json!({ "spec": spec, "snapshot": snapshot }))
+        self.look("info", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
     /// Grows or shrinks an image.
@@ -343,7 +345,7 @@ impl Driver {
 
     /// Does not open the image for writing, so that it is not in use afterwards.
     pub fn metadata(&self, spec: &Spec) -> Result<BTreeMap<String, String>> {
-        self.ask("metadata", json!({ "spec": spec }))
+        self.look("metadata", json!({ "spec": spec }))
     }
 
     /// The value of one key, `None` where it is not set.
@@ -460,7 +462,7 @@ impl Driver {
 
     /// The image's snapshots, in the order of their ids.
     pub fn snaps(&self, spec: &Spec) -> Result<Vec<Snap>> {
-        self.ask("snaps", json!({ "spec": spec }))
+        self.look("snaps", json!({ "spec": spec }))
     }
 
     /// Makes the head what it was at the snapshot, its size included.
@@ -470,6 +472,28 @@ impl Driver {
 }
 
 impl Process {
+    /// Starts a child that says on `stderr` what goes wrong.
+    fn start(stderr: &NamedTempFile) -> Self {
+        let mut child = Command::new(PYTHON)
+            .args(["-c", SCRIPT])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(stderr.reopen().expect("the temporary file"))
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {PYTHON}: {error}"));
+        let stdout = child.stdout.take().expect("a pipe");
+        let (send, answers) = channel();
+        // Ends with the child's stdout.
+        std::thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(std::io::Result::ok) {
+                if send.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { stdin: child.stdin.take(), child, answers }
+    }
+
     /// Ends the child and tells how it ended.
     fn kill(&mut self) -> String {
         self.stdin = None;

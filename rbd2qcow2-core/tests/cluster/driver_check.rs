@@ -116,3 +116,16 @@ fn a_dead_driver_is_told_from_a_refusal() {
     let error = driver.fsid().unwrap_err();
     assert!(error.is_breakdown(), "{error}");
 }
+
+/// The second client's librbd broke down in a plain list of snapshots, and took a test with it.
+#[test]
+fn a_driver_that_died_is_started_anew_for_a_look() {
+    let cluster = cluster_or_skip!("a_driver_that_died_is_started_anew_for_a_look");
+    let driver = cluster.driver();
+    let spec = unique_image("anew");
+    driver.create(&spec, 1 << 20, &Layout::new(ORDER, FULL_FEATURES)).unwrap();
+    driver.snap_create(&spec, "one").unwrap();
+    driver.kill();
+    assert_eq!(driver.snaps(&spec).unwrap().len(), 1);
+    driver.purge(&spec).unwrap();
+}
