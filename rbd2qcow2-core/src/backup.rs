@@ -187,9 +187,9 @@ impl Backup<'_> {
         report.virtual_size = source.info().size;
         report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
         copy::finish(&*layer, self.cancel)?;
-        drop(turn);
 
         self.stage(Stage::Commit);
+        drop(turn);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
         let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
         if self.cancel.is_set() {

@@ -1,6 +1,8 @@
 //! What is told to a run, and several images in one.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use rbd2qcow2_core::cancel::Cancel;
@@ -127,6 +129,69 @@ fn a_whole_pool_but_for_what_is_excluded() {
     store.driver.pool_remove(&pool).expect("the pool can be removed");
 }
 
+/// Who does what, and how many there were at once.
+#[derive(Default)]
+struct Crowd(Mutex<(BTreeMap<String, Stage>, BTreeMap<&'static str, usize>)>);
+
+impl Crowd {
+    fn note(&self, image: &str, stage: Option<Stage>) {
+        let (now, most) = &mut *self.0.lock().expect("no panic");
+        match stage {
+            Some(stage) => now.insert(image.to_owned(), stage),
+            None => now.remove(image),
+        };
+        let of = |wanted| now.values().filter(|stage| **stage == wanted).count();
+        for (what, count) in [("copy", of(Stage::Copy)), ("queue", of(Stage::Queue)), ("all", now.len())] {
+            let most = most.entry(what).or_default();
+            *most = count.max(*most);
+        }
+    }
+
+    fn most(self) -> [usize; 3] {
+        let most = self.0.into_inner().expect("no panic").1;
+        ["copy", "queue", "all"].map(|what| most[what])
+    }
+}
+
+impl Observer for Crowd {
+    fn stage(&self, image: &str, stage: Stage) {
+        self.note(image, Some(stage));
+    }
+
+    fn finished(&self, report: &ImageReport) {
+        self.note(&report.image, None);
+    }
+}
+
+#[test]
+fn snapshots_are_taken_while_others_copy() {
+    let cluster = cluster_or_skip!("snapshots_are_taken_while_others_copy");
+    let mut store = Store::new(&cluster);
+    let specs: Vec<_> = (0..8).map(|_| store.image("crowd", MIB, &small_objects())).collect();
+    for (seed, spec) in (1..).zip(&specs) {
+        store.driver.write(spec, 0, MIB, seed).expect("a write");
+    }
+    // Two seconds for all.
+    store.options.rate_limit = Some(4 * MIB);
+    for jobs in [1, 2] {
+        let mut backup = store.pool_backup(&specs);
+        (backup.jobs, backup.options.full) = (jobs, true);
+        let crowd = Crowd::default();
+        let reports = backup.run(&crowd, &Cancel::new()).expect("the pool is there");
+        assert!(reports.iter().all(|report| report.status == Status::Ok), "{reports:?}");
+        let [copy, queue, all] = crowd.most();
+        if jobs == 1 {
+            assert_eq!([copy, queue, all], [1; 3]);
+        } else {
+            assert_eq!(copy, jobs);
+            assert!(queue > jobs && all > 2 * jobs && all <= 4 * jobs, "{queue} waited, of {all}");
+        }
+    }
+    for spec in &specs {
+        store.purge(spec);
+    }
+}
+
 /// Were a misspelt name an empty pool, a backup of nothing would look like a success.
 #[test]
 fn what_is_not_there_is_an_error() {
@@ -224,7 +289,7 @@ fn an_interrupted_run_leaves_nothing_behind() {
         let first = store.back_up(&spec);
         let snapshots = store.snapshot_names(&spec);
         store.driver.write(&spec, 0, 4 * MIB, 2).expect("a write");
-        for stage in [Stage::Prepare, Stage::Snapshot, Stage::Copy, Stage::Commit] {
+        for stage in [Stage::Prepare, Stage::Snapshot, Stage::Queue, Stage::Copy, Stage::Commit] {
             let cancel = Cancel::new();
             let backup = store.pool_backup(std::slice::from_ref(&spec));
             let reports = backup.run(&StopAt(stage, cancel.clone()), &cancel).expect("the pool");
