@@ -205,20 +205,21 @@ def random_full(b):
 
 def debian_full(b):
     if "debian" not in b.images:
-        tree = f"{b.work}/debian.raw"
+        # Beside the cluster, in memory: it is a hundred thousand small files.
+        place = os.path.dirname(os.environ["CEPH_CONF"])
         b.sh(f"""
-            mkdir -p $WORK/tree
+            tree=$(mktemp -d -p {place})
             for part in bin share lib; do
                 # What a machine is made of, but no more than a few GiB.
                 find /usr/$part -xdev \\( -type f -o -type l \\) -size -8M -print0
-            done >$WORK/names
-            tar --null --no-recursion -T $WORK/names -cf - 2>/dev/null | head -c 2684354560 |
-                tar -C $WORK/tree -xf - 2>/dev/null || true
-            mkfs.ext4 -q -F -d $WORK/tree {tree} 4G
-            rm -rf $WORK/tree $WORK/names
+            done >$tree.names
+            tar --null --no-recursion -T $tree.names -cf - 2>/dev/null | head -c 2684354560 |
+                tar -C $tree -xf - 2>/dev/null || true
+            mkfs.ext4 -q -F -d $tree {place}/debian.raw 4G
+            rm -rf $tree $tree.names
         """)
-        b.create("debian", 4 * GIB, ("copy", tree))
-        b.sh(f"rm {tree}")
+        b.create("debian", 4 * GIB, ("copy", f"{place}/debian.raw"))
+        b.sh(f"rm {place}/debian.raw")
     b.sh("remember debian")
     contenders = b.floors("debian", b.extents("debian")) + b.full("debian")
     return Workload("debian", "Full backup of a file system of Debian's /usr", contenders)
