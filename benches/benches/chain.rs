@@ -36,7 +36,7 @@ fn point(size: u64, depth: u64, compression: Compression) -> Points {
 }
 
 /// Checks that a chain reads as what was backed up, and that each layer has a part in it.
-fn check(chain: &ChainReader, depth: u64) {
+fn check(chain: &ChainReader) {
     let size = chain.virtual_size();
     let (truth, buffers) = (PatternSource::full(size, TEXT), usual_memory());
     let mut expected = buffers.get(index(READ), &Cancel::new()).expect("nobody cancels");
@@ -46,7 +46,7 @@ fn check(chain: &ChainReader, depth: u64) {
         chain.read_at(offset, &mut found).expect("a whole chain");
         assert!(found[..] == expected[..], "the chain differs at {offset}");
     }
-    let mut layers = vec![false; index(depth)];
+    let mut layers = vec![false; chain.layers().len()];
     for piece in chain.map(0..size).expect("within the image") {
         layers[piece.expect("a whole chain").layer.expect("the oldest is full")] = true;
     }
@@ -61,67 +61,77 @@ fn reading(c: &mut Criterion) {
     let size = sized(128 * MIB);
     for (how, compression) in [("none", Compression::None), ("zstd:2", Compression::Zstd { level: Some(2) })]
     {
-        for depth in depths() {
-            let points = point(size, *depth, compression);
-            let paths = points.layers();
-            assert_eq!(paths.len() as u64, *depth);
-            let chain = ChainReader::open(&paths).expect("a whole chain");
-            check(&chain, *depth);
-            one_thread(c, how, *depth, &chain);
-            restore(c, how, *depth, &chain);
-            if compression == Compression::None {
-                map(c, *depth, &paths);
-            }
+        let points: Vec<_> = depths().iter().map(|depth| point(size, *depth, compression)).collect();
+        let paths: Vec<_> = points.iter().map(Points::layers).collect();
+        let open = |paths: &Vec<PathBuf>| {
+            let chain = ChainReader::open(paths).expect("a whole chain");
+            check(&chain);
+            chain
+        };
+        let chains: Vec<_> = paths.iter().map(open).collect();
+        assert!(chains.iter().map(|chain| chain.layers().len() as u64).eq(depths().iter().copied()));
+        one_thread(c, how, &chains);
+        restore(c, how, &chains);
+        if compression == Compression::None {
+            map(c, &paths);
         }
     }
 }
 
 /// From the start to the end, by one thread.
-fn one_thread(c: &mut Criterion, how: &str, depth: u64, chain: &ChainReader) {
+fn one_thread(c: &mut Criterion, how: &str, chains: &[ChainReader]) {
     let mut buffer = vec![0; index(READ)];
     let mut group = c.benchmark_group(format!("chain read by depth, {how}"));
-    group.throughput(Throughput::Bytes(chain.virtual_size()));
-    group.bench_function(BenchmarkId::from_parameter(depth), |b| {
-        b.iter(|| {
-            for offset in offsets(chain.virtual_size()) {
-                chain.read_at(offset, &mut buffer).expect("a whole chain");
-            }
+    for chain in chains {
+        let size = chain.virtual_size();
+        group.throughput(Throughput::Bytes(size));
+        group.bench_function(BenchmarkId::from_parameter(chain.layers().len()), |b| {
+            b.iter(|| {
+                for offset in offsets(size) {
+                    chain.read_at(offset, &mut buffer).expect("a whole chain");
+                }
+            });
         });
-    });
+    }
     group.finish();
 }
 
 /// By the pipeline, as a restore reads.
-fn restore(c: &mut Criterion, how: &str, depth: u64, chain: &ChainReader) {
-    let size = chain.virtual_size();
-    let (source, buffers) = (ChainSource::new(chain, size), usual_memory());
+fn restore(c: &mut Criterion, how: &str, chains: &[ChainReader]) {
+    let buffers = usual_memory();
     let mut group = c.benchmark_group(format!("chain into null by depth, {how}"));
-    group.throughput(Throughput::Bytes(size));
-    group.bench_function(BenchmarkId::from_parameter(depth), |b| {
-        b.iter(|| {
-            let copied = copy(&source, &Null::default(), &buffers, usual_parallel());
-            assert_eq!(copied.data.get(), size);
+    for chain in chains {
+        let size = chain.virtual_size();
+        let source = ChainSource::new(chain, size);
+        group.throughput(Throughput::Bytes(size));
+        group.bench_function(BenchmarkId::from_parameter(chain.layers().len()), |b| {
+            b.iter(|| {
+                let copied = copy(&source, &Null::default(), &buffers, usual_parallel());
+                assert_eq!(copied.data.get(), size);
+            });
         });
-    });
+    }
     group.finish();
 }
 
 /// Opens all layers and reads all tables, and no data.
-fn map(c: &mut Criterion, depth: u64, paths: &[PathBuf]) {
+fn map(c: &mut Criterion, chains: &[Vec<PathBuf>]) {
     let mut group = c.benchmark_group("chain open and map by depth");
     group.throughput(Throughput::Bytes(sized(128 * MIB)));
-    group.bench_function(BenchmarkId::from_parameter(depth), |b| {
-        b.iter(|| {
-            let chain = ChainReader::open(paths).expect("a whole chain");
-            let pieces = chain.map(0..chain.virtual_size()).expect("within the image");
-            let mut count = 0;
-            for piece in pieces {
-                black_box(piece.expect("a whole chain"));
-                count += 1;
-            }
-            assert!(count >= depth);
+    for paths in chains {
+        group.bench_function(BenchmarkId::from_parameter(paths.len()), |b| {
+            b.iter(|| {
+                let chain = ChainReader::open(paths).expect("a whole chain");
+                let pieces = chain.map(0..chain.virtual_size()).expect("within the image");
+                let mut count = 0;
+                for piece in pieces {
+                    black_box(piece.expect("a whole chain"));
+                    count += 1;
+                }
+                assert!(count >= paths.len());
+            });
         });
-    });
+    }
     group.finish();
 }
 

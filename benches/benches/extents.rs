@@ -24,14 +24,16 @@ fn sets() -> [(&'static str, Vec<Extent>, u64); 4] {
     // Whole objects and more, every other of them zeroes, in segments of what fits an answer.
     let kind = |number: u64| if number.is_multiple_of(2) { ExtentKind::Data } else { ExtentKind::Zero };
     let long = (0..count / 16).map(|number| extent(number * 48 * MIB, 48 * MIB, kind(number)));
-    // Each covers half of the next, and they do not come in order: 40503 is odd, so each comes once.
-    let overlapping = (0..count).map(|number| data(number * 40_503 % count * 8 * KIB, 16 * KIB)).collect();
+    // In rows of eight each covers half of the next, and they do not come in order: 40503 is odd, so each comes
+    // once.
+    let place = |number: u64| number * 8 * KIB + number / 8 * 64 * KIB;
+    let overlapping = (0..count).map(|number| data(place(number * 40_503 % count), 16 * KIB)).collect();
     // Data and zeroes that share grains, from end to end.
     let mixed = (0..count).map(|number| extent(number * 6 * KIB, 6 * KIB, kind(number / 2)));
     [
         ("scattered", scattered, count * 256 * KIB),
         ("long", long.collect(), count / 16 * 48 * MIB),
-        ("overlapping", overlapping, (count + 1) * 8 * KIB),
+        ("overlapping", overlapping, place(count)),
         ("mixed", mixed.collect(), count * 6 * KIB),
     ]
 }

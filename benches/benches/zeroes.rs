@@ -1,7 +1,6 @@
 //! How fast zeroes are found, beside what the memory allows: a plain read and a copy of the same bytes.
 //!
-//! The larger buffers fit no cache of a core. Whether the largest fits the cache that all cores share is told by
-//! the copy: where it does, that is no slower than for the smaller ones.
+//! The two largest buffers fit no cache of a core. One that all cores share may still hold them, on large servers.
 
 use std::hint::black_box;
 
