@@ -131,11 +131,17 @@ fn a_whole_pool_but_for_what_is_excluded() {
 
 /// Who does what, and how many there were at once.
 #[derive(Default)]
-struct Crowd(Mutex<(BTreeMap<String, Stage>, BTreeMap<&'static str, usize>)>);
+struct Crowd(Mutex<Counts>);
+
+#[derive(Default)]
+struct Counts {
+    now: BTreeMap<String, Stage>,
+    most: BTreeMap<&'static str, usize>,
+}
 
 impl Crowd {
     fn note(&self, image: &str, stage: Option<Stage>) {
-        let (now, most) = &mut *self.0.lock().expect("no panic");
+        let Counts { now, most } = &mut *self.0.lock().expect("no panic");
         match stage {
             Some(stage) => now.insert(image.to_owned(), stage),
             None => now.remove(image),
@@ -148,7 +154,7 @@ impl Crowd {
     }
 
     fn most(self) -> [usize; 3] {
-        let most = self.0.into_inner().expect("no panic").1;
+        let most = self.0.into_inner().expect("no panic").most;
         ["copy", "queue", "all"].map(|what| most[what])
     }
 }
