@@ -4,7 +4,7 @@ import argparse
 import datetime
 import json
 import os
-import statistics
+import signal
 import subprocess
 import sys
 
@@ -104,6 +104,8 @@ def main():
 
 
 if __name__ == "__main__":
+    # As if interrupted: what runs is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except (Failed, subprocess.CalledProcessError) as failure:

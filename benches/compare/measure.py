@@ -117,6 +117,11 @@ def run(command, osds=None, places=(), env=None):
             try:
                 _, status, usage = os.wait4(child.pid, 0)
                 wall = time.monotonic() - start
+            except BaseException:
+                # Interrupted: nothing of it goes on alone.
+                os.killpg(child.pid, signal.SIGKILL)
+                os.wait4(child.pid, 0)
+                raise
             finally:
                 killer.cancel()
                 done.set()
