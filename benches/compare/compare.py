@@ -72,7 +72,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--program", required=True, help="rbd2qcow2")
     parser.add_argument("--floor", required=True, help="the program made of floor.c")
-    parser.add_argument("--peers", default="", help="directory of the Python tools, if any")
     parser.add_argument("--work", required=True, help="directory for what is backed up; 20 GiB")
     parser.add_argument("--out", required=True, help="directory for compare.md, compare.json and compare.svg")
     parser.add_argument("--rounds", type=int, default=3)
@@ -84,7 +83,7 @@ def main():
     if len(chosen) < len(set(arguments.workloads)):
         parser.error("no such workload")
     bench = Bench(os.path.realpath(arguments.program), os.path.realpath(arguments.floor),
-                  os.path.realpath(arguments.work), arguments.peers)
+                  os.path.realpath(arguments.work))
     osds = Osds(os.environ["CEPH_CONF"])
     results = {"machine": machine(bench), "rounds": arguments.rounds, "workloads": []}
     for work in chosen:

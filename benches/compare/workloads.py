@@ -60,9 +60,8 @@ class Workload:
 class Bench:
     """The directory that everything happens in, and the programs."""
 
-    def __init__(self, program, floor, work, peers):
-        self.program, self.floor, self.work, self.peers = program, floor, work, peers
-        self.qemu = os.environ.get("COMPARE_QEMU", "")
+    def __init__(self, program, floor, work):
+        self.program, self.floor, self.work = program, floor, work
         self.images = set()
 
     def sh(self, command, **more):
@@ -127,7 +126,7 @@ class Bench:
 
         nbd = ("nbdcopy --flush --requests=64 -- [ qemu-nbd -r --cache=none -f raw rbd:{} ] "
                "[ qemu-nbd --cache=none --aio=native --discard=unmap --detect-zeroes=unmap -f qcow2 {}/file ]")
-        convert = f"qemu-img convert -O qcow2 -t none -W -m 16"
+        convert = "qemu-img convert -O qcow2 -t none -W -m 16"
         contenders = [
             ours("rbd2qcow2", ""),
             ours("rbd2qcow2 zstd", "--compression zstd"),
@@ -143,7 +142,7 @@ class Bench:
             contender.before = f"rm -rf {out}; mkdir {out}"
             contender.after = f"forget {name}"
             contender.places = (f"{self.work}/out",)
-        return contenders + self.python_peers(name, full=True)
+        return contenders
 
     def base(self, name):
         """Brings everybody to what the image is now, from where increments are measured."""
@@ -182,11 +181,7 @@ class Bench:
         for contender in contenders:
             contender.after = f"forget {name}"
             contender.places = (f"{self.work}/out",)
-        return self.floors(name, extents) + contenders + self.python_peers(name, full=False)
-
-    def python_peers(self, _name, full):
-        del full
-        return []
+        return self.floors(name, extents) + contenders
 
 
 NO_INCREMENT = {
