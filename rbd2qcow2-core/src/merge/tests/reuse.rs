@@ -39,7 +39,7 @@ fn forms() -> impl Strategy<Value = Vec<Form>> {
 type Changes = Vec<(usize, Stretch)>;
 
 /// Forms of the layers, size of the image, changes, which points go, and what is backed up in between.
-type History = (Vec<Form>, usize, Vec<Changes>, Vec<(Index, usize)>, Changes);
+type History = (Vec<Form>, usize, Vec<Changes>, Vec<(Option<Index>, usize)>, Changes);
 
 /// Small changes, far apart.
 fn changes() -> impl Strategy<Value = Changes> {
@@ -62,7 +62,9 @@ fn changes() -> impl Strategy<Value = Changes> {
 #[test]
 fn what_stays_reads_the_same_whatever_takes_over_in_place() {
     let (reused, all) = (Cell::new(0), Cell::new(0));
-    let going = prop::collection::vec((any::<Index>(), 1_usize..4), 1..5);
+    // The oldest first, half of the time: that is what goes night after night, and what can be reused.
+    let which = prop_oneof![Just(None), any::<Index>().prop_map(Some)];
+    let going = prop::collection::vec((which, 1_usize..4), 1..5);
     let strategy = (forms(), 1_usize..1_500_000, prop::collection::vec(changes(), 5), going, changes());
     let run = |(forms, size, changes, going, next): History| {
         let mut fixture = Fixture::empty("vm/1");
@@ -76,7 +78,7 @@ fn what_stays_reads_the_same_whatever_takes_over_in_place() {
             if there.len() < 2 {
                 break;
             }
-            let start = which.index(there.len() - 1);
+            let start = which.map_or(0, |which| which.index(there.len() - 1));
             let end = (start + count).min(there.len() - 1);
             let gone: BTreeSet<_> = there.drain(start..end).collect();
             fault::plan(None);
@@ -96,8 +98,7 @@ fn what_stays_reads_the_same_whatever_takes_over_in_place() {
         Ok(())
     };
     TestRunner::new(cases(32)).run(&strategy, run).expect("all is as it was");
-    // How much of what is drawn can be reused is left to chance; once it was 18 of 77.
-    assert!(reused.get() > all.get() / 8, "{reused:?} of {all:?}");
+    assert!(reused.get() > all.get() / 4, "{reused:?} of {all:?}");
 }
 
 /// The file of the point that goes becomes that of the point that stays.
