@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -167,6 +167,10 @@ impl Driver {
         Ok(driver)
     }
 
+    fn child(&self) -> MutexGuard<'_, Process> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn connect(&self) -> Result<()> {
         self.act("connect", json!({ "conf": self.conf }))
     }
@@ -179,7 +183,7 @@ impl Driver {
             Some((end, _)) => format!("{}...", &line[..end]),
             None => line.clone(),
         };
-        let mut process = self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut process = self.child();
         // A write that fails means that the child is gone, which the wait for its answer notices.
         let _ = process.stdin.as_mut().map(|stdin| stdin.write_all(format!("{line}\n").as_bytes()));
         match process.answers.recv_timeout(LIMIT) {
@@ -238,8 +242,7 @@ impl Driver {
         match self.ask(name, request.clone()) {
             Err(error) if error.is_breakdown() => {
                 crate::cluster::say(&format!("the second client is started anew: {error}"));
-                *self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner) =
-                    Process::start(&self.stderr);
+                *self.child() = Process::start(&self.stderr);
                 self.connect()?;
                 self.ask(name, request)
             }
@@ -249,7 +252,7 @@ impl Driver {
 
     /// Kills the child, as librbd does now and then.
     pub fn kill(&self) {
-        self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).kill();
+        self.child().kill();
     }
 
     // --- Pools
