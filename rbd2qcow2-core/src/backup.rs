@@ -15,12 +15,12 @@ use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
-use crate::pool::Turns;
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
 use crate::restore::image::{INCOMPLETE_KEY, describe_incomplete};
 use crate::source::librbd::LibrbdSource;
+use crate::turns::Turns;
 
 mod plan;
 mod snapshots;

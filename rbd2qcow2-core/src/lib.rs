@@ -30,6 +30,7 @@ pub mod cancel;
 pub mod chain;
 mod compare;
 pub mod copy;
+mod direct;
 pub mod error;
 pub mod extent;
 pub mod layer;
@@ -51,4 +52,6 @@ pub mod serve;
 pub mod source;
 #[cfg(test)]
 mod testing;
+#[cfg(feature = "rbd")]
+pub mod turns;
 pub mod verify;

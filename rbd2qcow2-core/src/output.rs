@@ -4,28 +4,23 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::OFlags;
-use rustix::io::Errno;
 
 use crate::buffer::ALIGNMENT;
+use crate::direct::Direct;
 
 /// The file is made longer ahead of what is written, by so many bytes at most: a write that makes it
 /// longer excludes all others.
 const GROWTH: u64 = 256 << 20;
 
-/// The shortest write that goes past the page cache, in bytes.
-const DIRECT_LEAST: usize = 64 << 10;
-
 /// A file that is written in pieces, each place once.
 #[derive(Debug)]
 pub(crate) struct Output {
-    /// For whole pages. `None` where the file system, or the size of the pieces, does without.
-    direct: Option<File>,
-    /// Set when the file system refuses direct writes that it seemed to take.
-    refused: AtomicBool,
+    /// For whole pages.
+    direct: Direct,
     buffered: File,
     /// The file's length.
     length: AtomicU64,
@@ -40,28 +35,23 @@ impl Output {
         let buffered = open.read(true).write(true).create_new(true).mode(0o600).open(path)?;
         let mut open = OpenOptions::new();
         open.write(true).custom_flags(OFlags::DIRECT.bits().cast_signed());
-        let direct = match open.open(path) {
-            _ if grain < ALIGNMENT as u64 => None,
-            Ok(file) => Some(file),
-            Err(error) if is_unsupported(&error) => None,
-            Err(error) => {
-                // The error to report is the one at hand.
-                let _ = std::fs::remove_file(path);
-                return Err(error);
-            }
-        };
-        Ok(Self {
-            direct,
-            refused: AtomicBool::new(false),
-            buffered,
-            length: AtomicU64::new(0),
-            growing: Mutex::default(),
-        })
+        // Pieces that small are never whole pages.
+        let opened = if grain < ALIGNMENT as u64 { Ok(None) } else { open.open(path).map(Some) };
+        let direct = Direct::new(opened).inspect_err(|_| {
+            // The error to report is the one at hand.
+            let _ = std::fs::remove_file(path);
+        })?;
+        Ok(Self { direct, buffered, length: AtomicU64::new(0), growing: Mutex::default() })
     }
 
     #[cfg(test)]
     pub(crate) fn set_direct(&mut self, file: File) {
-        self.direct = Some(file);
+        self.direct = Direct::new(Ok(Some(file))).expect("it is open");
+    }
+
+    #[cfg(test)]
+    pub(crate) fn direct_is_refused(&self) -> bool {
+        self.direct.is_refused()
     }
 
     /// Makes the file `length` bytes long, without data, and no longer ahead of what is written.
@@ -82,21 +72,8 @@ impl Output {
 
     /// Writes the whole pages that `bytes` begin with, if possible, and returns their length.
     fn write_direct(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
-        let usable = !self.refused.load(Ordering::Relaxed)
-            && offset.is_multiple_of(ALIGNMENT as u64)
-            && bytes.as_ptr().align_offset(ALIGNMENT) == 0;
-        let pages = &bytes[..bytes.len() - bytes.len() % ALIGNMENT];
-        let Some(file) = self.direct.as_ref().filter(|_| usable && pages.len() >= DIRECT_LEAST) else {
-            return Ok(0);
-        };
-        match file.write_all_at(pages, offset) {
-            Ok(()) => Ok(pages.len()),
-            Err(error) if is_unsupported(&error) => {
-                self.refused.store(true, Ordering::Relaxed);
-                Ok(0)
-            }
-            Err(error) => Err(error),
-        }
+        let Some((file, length)) = self.direct.pages(bytes, offset) else { return Ok(0) };
+        self.direct.done(file.write_all_at(&bytes[..length], offset).map(|()| length))
     }
 
     /// Reads back what was written.
@@ -126,12 +103,4 @@ impl Output {
         self.buffered.set_len(length)?;
         self.buffered.sync_all()
     }
-}
-
-/// Whether a file system says with this that it does not do direct writes, or not such ones.
-pub(crate) fn is_unsupported(error: &io::Error) -> bool {
-    [Errno::INVAL, Errno::NOTSUP, Errno::OPNOTSUPP]
-        .map(Errno::raw_os_error)
-        .map(Some)
-        .contains(&error.raw_os_error())
 }

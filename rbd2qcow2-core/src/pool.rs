@@ -17,10 +17,7 @@ use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Cluster, ClusterOptions, Patience, Pool, RbdError};
-
-mod turns;
-
-pub use turns::{Turn, Turns};
+use crate::turns::Turns;
 
 /// The least memory for image data that a run works with, whatever it was told.
 const LEAST_MEMORY: usize = 16 << 20;
@@ -122,7 +119,9 @@ impl PoolBackup {
         let buffers = BufferPool::new(self.options.memory.max(LEAST_MEMORY));
         let compressors = Compressors::default();
         let rate_limit = self.options.rate_limit.map(RateLimit::new);
-        let turns = Turns::new(self.jobs);
+        // An embedder may say "all" with the largest number there is.
+        let jobs = self.jobs.min(images.len());
+        let turns = Turns::new(jobs);
         let backup = |image| Backup {
             pool: &pool,
             fsid: &fsid,
@@ -153,7 +152,7 @@ impl PoolBackup {
         };
         std::thread::scope(|scope| {
             // Whoever wants one after the other gets that.
-            let under_way = if self.jobs > 1 { self.jobs * UNDER_WAY } else { 1 };
+            let under_way = if jobs > 1 { jobs * UNDER_WAY } else { 1 };
             for _ in 1..under_way.min(images.len()) {
                 // Fewer threads do the same work: the first is this one.
                 if let Err(error) = std::thread::Builder::new().name("image".into()).spawn_scoped(scope, job)

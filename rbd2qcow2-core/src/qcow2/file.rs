@@ -1,19 +1,17 @@
 //! Reading at an offset, from many threads, and what of the tables is kept.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::OFlags;
 
 use super::open_regular_with;
 use super::table::HostOffset;
-use crate::buffer::ALIGNMENT;
-use crate::output::is_unsupported;
+use crate::direct::Direct;
 
 /// What tables may take in memory, per layer, in bytes: with the default clusters of 128 KiB they
 /// describe 32 GiB of an image.
@@ -22,10 +20,6 @@ const CACHE_BYTES: usize = 4 << 20;
 /// What is read and kept of a table at once, in bytes, unless the cluster is smaller: of a table of
 /// 2 MiB only what is used. No smaller, since it costs a read.
 const PAGE_BYTES: u64 = 16 << 10;
-
-/// The shortest read that goes past the page cache, in bytes. Tables are read in shorter pieces, and more
-/// than once.
-const DIRECT_BYTES: usize = 64 << 10;
 
 /// Something that can be read from at any place, from many threads at once.
 pub trait ReadAt: Send + Sync {
@@ -57,51 +51,24 @@ impl ReadAt for File {
 #[derive(Debug)]
 pub(super) struct ReadOnce {
     buffered: File,
-    /// The same file. `None` where the file system does without.
-    direct: Option<File>,
-    /// Set when the file system refuses direct reads that it seemed to take.
-    refused: AtomicBool,
+    /// The same file.
+    direct: Direct,
 }
 
 impl ReadOnce {
     /// `buffered` was opened by the path `path`.
     pub(super) fn new(buffered: File, path: &Path) -> io::Result<Self> {
-        let opened = match open_regular_with(path, OFlags::DIRECT) {
-            Err(error) if is_unsupported(&error) => None,
-            opened => opened?,
-        };
         let known = buffered.metadata()?;
-        let same = opened.filter(|(_, other)| (other.dev(), other.ino()) == (known.dev(), known.ino()));
-        Ok(Self { buffered, direct: same.map(|(file, _)| file), refused: AtomicBool::new(false) })
+        let same = |other: &Metadata| (other.dev(), other.ino()) == (known.dev(), known.ino());
+        let opened = open_regular_with(path, OFlags::DIRECT);
+        let direct = opened.map(|opened| opened.filter(|(_, other)| same(other)).map(|(file, _)| file));
+        Ok(Self { buffered, direct: Direct::new(direct)? })
     }
 
-    /// Reads whole pages from `offset` on, if possible, and returns their length.
+    /// Reads the whole pages that fit `buf` from `offset` on, if possible, and returns their length.
     fn read_direct(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let usable = buf.len() >= DIRECT_BYTES
-            && offset.is_multiple_of(ALIGNMENT as u64)
-            && buf.as_ptr().align_offset(ALIGNMENT) == 0
-            && !self.refused.load(Ordering::Relaxed);
-        let Some(file) = self.direct.as_ref().filter(|_| usable) else { return Ok(0) };
-        let whole = buf.len() - buf.len() % ALIGNMENT;
-        let mut filled = 0;
-        while filled < whole {
-            match FileExt::read_at(file, &mut buf[filled..whole], offset + filled as u64) {
-                Ok(count) => {
-                    filled += count;
-                    // The end of the file, or of what can be read so.
-                    if count == 0 || !count.is_multiple_of(ALIGNMENT) {
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if is_unsupported(&error) => {
-                    self.refused.store(true, Ordering::Relaxed);
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(filled)
+        let Some((file, length)) = self.direct.pages(buf, offset) else { return Ok(0) };
+        self.direct.done(ReadAt::read_at(file, &mut buf[..length], offset))
     }
 }
 
@@ -239,10 +206,10 @@ mod tests {
             let start = content.len().min(usize::try_from(offset).expect("small"));
             assert_eq!(&buffer[..count], &content[start..content.len().min(start + length)]);
         }
-        if file.direct.is_some() {
-            let mut buffer = pool.get(65_536, &crate::cancel::Cancel::new()).expect("not cancelled");
+        let mut buffer = pool.get(65_536, &crate::cancel::Cancel::new()).expect("not cancelled");
+        if file.direct.pages(&buffer, 4096).is_some() {
             let direct = file.read_direct(&mut buffer, 4096).expect("readable");
-            assert!(direct == 65_536 || file.refused.load(Ordering::Relaxed));
+            assert!(direct == 65_536 || file.direct.is_refused());
         }
     }
 
@@ -252,14 +219,14 @@ mod tests {
         let path = directory.path().join("file");
         std::fs::write(&path, vec![7; 1 << 17]).expect("written");
         // Opened for writing alone, it answers reads with an error that is none of support.
-        let direct = Some(File::options().write(true).open(&path).expect("open"));
-        let buffered = File::open(&path).expect("open");
-        let broken = ReadOnce { buffered, direct, refused: AtomicBool::new(false) };
+        let direct = Direct::new(File::options().write(true).open(&path).map(Some)).expect("open");
+        let file = ReadOnce { buffered: File::open(&path).expect("open"), direct };
         let pool = crate::buffer::BufferPool::new(1 << 20);
         let mut buffer = pool.get(1 << 17, &crate::cancel::Cancel::new()).expect("not cancelled");
-        assert!(broken.read_at(&mut buffer, 0).is_err(), "an error was hidden");
-        let refused = ReadOnce { refused: AtomicBool::new(true), ..broken };
-        assert_eq!(refused.read_at(&mut buffer, 0).expect("readable"), 1 << 17);
+        assert!(file.read_at(&mut buffer, 0).is_err(), "an error was hidden");
+        let refusal = Err(rustix::io::Errno::INVAL.into());
+        assert_eq!(file.direct.done(refusal).expect("no error"), 0);
+        assert_eq!(file.read_at(&mut buffer, 0).expect("readable"), 1 << 17);
         assert!(buffer.iter().all(|byte| *byte == 7));
     }
 

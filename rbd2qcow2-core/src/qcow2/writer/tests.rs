@@ -223,15 +223,17 @@ fn direct_writes_that_are_refused_go_through_the_page_cache() {
     let refusing = std::fs::OpenOptions::new().write(true).open("/proc/self/oom_score_adj");
     output.set_direct(refusing.expect("on Linux"));
     let pool = BufferPool::new(1 << 20);
-    let mut buffer = pool.get(8192, &Cancel::new()).expect("not cancelled");
+    // Shorter ones are not tried.
+    let mut buffer = pool.get(131_072, &Cancel::new()).expect("not cancelled");
     buffer.fill(b'x');
     output.write_at(4096, &buffer).expect("written");
+    assert!(output.direct_is_refused(), "it was not asked");
     assert_eq!(std::fs::metadata(&path).expect("there").len() % ALIGNMENT as u64, 0, "grown by whole pages");
     output.write_at(100, b"tail").expect("written");
-    output.finish(20_000).expect("finished");
+    output.finish(150_000).expect("finished");
     let bytes = std::fs::read(&path).expect("readable");
-    assert_eq!(bytes.len(), 20_000);
-    assert!(bytes[4096..12288].iter().all(|byte| *byte == b'x'));
+    assert_eq!(bytes.len(), 150_000);
+    assert!(bytes[4096..135_168].iter().all(|byte| *byte == b'x'));
     assert_eq!(&bytes[100..104], b"tail");
-    assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 8196);
+    assert_eq!(bytes.iter().filter(|byte| **byte != 0).count(), 131_076);
 }

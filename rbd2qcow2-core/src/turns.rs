@@ -18,7 +18,7 @@ pub struct Turns {
 pub struct Turn(Sender<()>);
 
 impl Turns {
-    /// So many at once, at least 1.
+    /// So many at once, at least 1. Takes some memory for each.
     #[must_use]
     pub fn new(at_once: usize) -> Self {
         let (back, free) = channel::bounded(at_once.max(1));
