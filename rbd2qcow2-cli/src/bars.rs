@@ -264,6 +264,26 @@ mod tests {
     }
 
     #[test]
+    fn bars_are_drawn_of_images_that_copy_or_that_are_stuck() {
+        let bars = Bars::new(&MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()));
+        bars.selected(1);
+        bars.started("a", &Arc::default());
+        let shown = |stage, since: Duration| {
+            bars.stage("a", stage);
+            bars.state().running[0].since = Instant::now().checked_sub(since).expect("the machine is up");
+            bars.tick();
+            bars.state().running[0].shown
+        };
+        assert!(!shown(Stage::Prepare, Duration::ZERO));
+        assert!(!shown(Stage::Queue, 2 * MOMENT));
+        assert!(shown(Stage::Snapshot, 2 * MOMENT));
+        bars.state().running[0].shown = false;
+        assert!(shown(Stage::Copy, Duration::ZERO));
+        // Once drawn, it stays to the end.
+        assert!(shown(Stage::CleanUp, Duration::ZERO));
+    }
+
+    #[test]
     fn what_waits_to_be_read_is_not_done() {
         let bars = Bars::new(&MultiProgress::with_draw_target(indicatif::ProgressDrawTarget::hidden()));
         bars.selected(1);
