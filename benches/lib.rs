@@ -5,6 +5,7 @@
 //! Files go to the directory for temporary files, so `TMPDIR` chooses the disk that is measured along.
 
 use std::hint::black_box;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rbd2qcow2_core::buffer::BufferPool;
@@ -12,7 +13,7 @@ use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::digests::DigestWriter;
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::extent::{Extent, ExtentKind};
-use rbd2qcow2_core::layer::{LayerError, LayerWriter, Patch};
+use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
 use rbd2qcow2_core::options::BackupOptions;
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::RbdDiffSource;
@@ -25,6 +26,9 @@ pub const KIB: u64 = 1 << 10;
 
 /// Bytes of a MiB.
 pub const MIB: u64 = 1 << 20;
+
+/// The longest read of a copy into a layer with smaller units, in bytes.
+pub const LONGEST_READ: u64 = 2 * MIB;
 
 /// Of 16 bytes how many are random in data that do not compress.
 pub const NOISE: usize = 16;
@@ -82,6 +86,19 @@ pub fn scattered(size: u64, every: u64, shift: u64, length: u64, random: usize) 
     let changed = (0..SEGMENT / every).map(|number| number * every + shift);
     let changed = changed.map(|offset| Extent { offset, length, kind: ExtentKind::Data });
     PatternSource::new(size, SEGMENT, changed.collect(), random)
+}
+
+/// A root layer at `path`, as the program makes it without other options.
+#[must_use]
+pub fn layer_spec(path: &Path, virtual_size: u64, compression: Compression) -> LayerSpec {
+    LayerSpec {
+        path: path.to_owned(),
+        virtual_size,
+        backing: None,
+        cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
+        compression,
+        extended_l2: ExtendedL2::Auto,
+    }
 }
 
 /// A layer that drops everything.

@@ -10,7 +10,7 @@ use rbd2qcow2_core::chain::{
     Catalogue, ChainId, ChainWriter, ImageName, LayerPlan, PointName, Record, SnapshotName, image_directory,
 };
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
-use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
+use rbd2qcow2_core::layer::{Compression, LayerSpec, LayerWriter};
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::RbdDiffSource;
 use tempfile::TempDir;
@@ -50,14 +50,8 @@ impl Points {
         let cluster_size = LayerSpec::DEFAULT_CLUSTER_SIZE;
         let parent = writer.catalogue().newest();
         let pending = writer.begin(LayerPlan { point, parent, cluster_size }).expect("begun");
-        let spec = LayerSpec {
-            path: pending.layer_path().to_owned(),
-            virtual_size: source.size(),
-            backing: pending.backing_name(),
-            cluster_size,
-            compression: self.compression,
-            extended_l2: ExtendedL2::Auto,
-        };
+        let root = super::layer_spec(pending.layer_path(), source.size(), self.compression);
+        let spec = LayerSpec { backing: pending.backing_name(), ..root };
         let layer = NativeLayer::create(&spec, Compressors::default()).expect("created");
         let (buffers, parallel) = (super::usual_memory(), super::usual_parallel());
         let copied =

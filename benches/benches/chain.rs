@@ -9,7 +9,8 @@ use std::path::PathBuf;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rbd2qcow2_benches::points::Points;
 use rbd2qcow2_benches::{
-    KIB, MIB, Null, TEXT, benchmarks, copy, index, is_test, scattered, sized, usual_memory, usual_parallel,
+    KIB, LONGEST_READ, MIB, Null, TEXT, benchmarks, copy, index, is_test, scattered, sized, usual_memory,
+    usual_parallel,
 };
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::layer::Compression;
@@ -17,9 +18,6 @@ use rbd2qcow2_core::qcow2::chain::ChainReader;
 use rbd2qcow2_core::source::RbdDiffSource;
 use rbd2qcow2_core::source::chain::ChainSource;
 use rbd2qcow2_core::source::pattern::PatternSource;
-
-/// Bytes of one read: what a restore reads at once.
-const READ: u64 = 2 * MIB;
 
 fn depths() -> &'static [u64] {
     if is_test() { &[1, 4] } else { &[1, 4, 16, 64] }
@@ -39,8 +37,8 @@ fn point(size: u64, depth: u64, compression: Compression) -> Points {
 fn check(chain: &ChainReader) {
     let size = chain.virtual_size();
     let (truth, buffers) = (PatternSource::full(size, TEXT), usual_memory());
-    let mut expected = buffers.get(index(READ), &Cancel::new()).expect("nobody cancels");
-    let mut found = vec![0; index(READ)];
+    let mut expected = buffers.get(index(LONGEST_READ), &Cancel::new()).expect("nobody cancels");
+    let mut found = vec![0; index(LONGEST_READ)];
     for offset in offsets(size) {
         truth.read(offset, &mut expected).expect("it is made up");
         chain.read_at(offset, &mut found).expect("a whole chain");
@@ -54,7 +52,7 @@ fn check(chain: &ChainReader) {
 }
 
 fn offsets(size: u64) -> impl Iterator<Item = u64> {
-    (0..size / READ).map(|number| number * READ)
+    (0..size / LONGEST_READ).map(|number| number * LONGEST_READ)
 }
 
 fn reading(c: &mut Criterion) {
@@ -80,7 +78,7 @@ fn reading(c: &mut Criterion) {
 
 /// From the start to the end, by one thread.
 fn one_thread(c: &mut Criterion, how: &str, chains: &[ChainReader]) {
-    let mut buffer = vec![0; index(READ)];
+    let mut buffer = vec![0; index(LONGEST_READ)];
     let mut group = c.benchmark_group(format!("chain read by depth, {how}"));
     for chain in chains {
         let size = chain.virtual_size();

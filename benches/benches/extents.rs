@@ -3,13 +3,12 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, Criterion, Throughput};
-use rbd2qcow2_benches::{KIB, MIB, benchmarks, sized};
+use rbd2qcow2_benches::{KIB, LONGEST_READ, MIB, benchmarks, sized};
 use rbd2qcow2_core::extent::{Extent, ExtentKind, align, bundles};
 
-/// The grain and the cluster of a layer without options, and the longest read of a copy.
+/// The grain and the cluster of a layer without options.
 const GRAIN: u64 = 4 * KIB;
 const UNIT: u64 = 128 * KIB;
-const BLOCK: u64 = 2 * MIB;
 
 fn extent(offset: u64, length: u64, kind: ExtentKind) -> Extent {
     Extent { offset, length, kind }
@@ -65,11 +64,11 @@ fn gathering(c: &mut Criterion) {
     let mut group = c.benchmark_group("extents bundles");
     for (name, extents, size) in sets() {
         let aligned = align(extents, GRAIN, size);
-        let gathered: u64 = bundles(aligned.clone(), UNIT, BLOCK).map(|bundle| covered(&bundle)).sum();
+        let gathered: u64 = bundles(aligned.clone(), UNIT, LONGEST_READ).map(|bundle| covered(&bundle)).sum();
         assert_eq!(gathered, covered(&aligned), "all of {name} is in bundles");
         group.throughput(throughput(&aligned, size));
         group.bench_function(name, |b| {
-            let all = |aligned| bundles(aligned, UNIT, BLOCK).map(black_box).count();
+            let all = |aligned| bundles(aligned, UNIT, LONGEST_READ).map(black_box).count();
             b.iter_batched(|| aligned.clone(), all, BatchSize::LargeInput);
         });
     }
@@ -78,7 +77,7 @@ fn gathering(c: &mut Criterion) {
 
 fn cutting(c: &mut Criterion) {
     let mut group = c.benchmark_group("extents split");
-    for (name, block) in [("blocks", BLOCK), ("clusters", UNIT)] {
+    for (name, block) in [("blocks", LONGEST_READ), ("clusters", UNIT)] {
         let whole = extent(GRAIN, sized(1 << 16) * block, ExtentKind::Data);
         let pieces = whole.split(block).count() as u64;
         assert_eq!(pieces, whole.length / block + 1, "it begins within a block");

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rbd2qcow2_benches::{
-    KIB, MIB, NOISE, Null, TEXT, benchmarks, copy, scattered, sized, usual_memory, usual_parallel,
+    KIB, MIB, NOISE, Null, TEXT, benchmarks, copy, layer_spec, scattered, sized, usual_memory, usual_parallel,
 };
 use rbd2qcow2_core::extent::{Extent, ExtentKind};
 use rbd2qcow2_core::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions};
-use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerError, LayerSpec, LayerWriter, Patch};
+use rbd2qcow2_core::layer::{Compression, LayerError, LayerWriter, Patch};
 use rbd2qcow2_core::nbd::client::{Client, ClientOptions, ZeroOptions};
 use rbd2qcow2_core::nbd::reply::{PendingReply, Progress, ReplyReader, Yield};
 use rbd2qcow2_core::nbd::server_process::{ServerCommand, ServerProcess};
@@ -254,14 +254,7 @@ fn qemu_nbd_layer(c: &mut Criterion) {
         Form { compression: Compression::Zlib, random: TEXT, size: sized(64 * MIB) },
     ] {
         let source = PatternSource::full(form.size, form.random);
-        let spec = LayerSpec {
-            path: directory.path().join("layer.qcow2"),
-            virtual_size: form.size,
-            backing: None,
-            cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
-            compression: form.compression,
-            extended_l2: ExtendedL2::Auto,
-        };
+        let spec = layer_spec(&directory.path().join("layer.qcow2"), form.size, form.compression);
         let options = QemuNbdOptions::default();
         group.throughput(Throughput::Bytes(form.size));
         group.bench_function(BenchmarkId::from_parameter(&form), |b| {

@@ -7,15 +7,13 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rbd2qcow2_benches::{
-    KIB, MIB, NOISE, Null, benchmarks, copy, index, scattered, sized, usual_memory, usual_parallel,
+    KIB, LONGEST_READ, MIB, NOISE, Null, benchmarks, copy, index, scattered, sized, usual_memory,
+    usual_parallel,
 };
 use rbd2qcow2_core::buffer::{Buffer, BufferPool};
 use rbd2qcow2_core::extent::Extent;
 use rbd2qcow2_core::source::pattern::PatternSource;
 use rbd2qcow2_core::source::{RbdDiffSource, SourceError};
-
-/// The longest read of a copy into a layer with smaller units, in bytes.
-const LONGEST_READ: u64 = 2 * MIB;
 
 /// A source that answers each read after a while.
 struct Distant(PatternSource);

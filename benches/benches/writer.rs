@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use rbd2qcow2_benches::{
-    KIB, MIB, NOISE, TEXT, benchmarks, copy, scattered, sized, usual_memory, usual_parallel,
+    KIB, MIB, NOISE, TEXT, benchmarks, copy, layer_spec, scattered, sized, usual_memory, usual_parallel,
 };
 use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
@@ -34,14 +34,7 @@ impl Place {
     }
 
     fn spec(&self, source: &dyn RbdDiffSource) -> LayerSpec {
-        LayerSpec {
-            path: self.path.clone(),
-            virtual_size: source.size(),
-            backing: None,
-            cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
-            compression: Compression::None,
-            extended_l2: ExtendedL2::Auto,
-        }
+        layer_spec(&self.path, source.size(), Compression::None)
     }
 
     /// Writes a layer, and removes it; gives what it held, and its length.

@@ -5,7 +5,7 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput};
-use rbd2qcow2_benches::{KIB, MIB, TEXT, benchmarks, index, is_test};
+use rbd2qcow2_benches::{KIB, LONGEST_READ, MIB, TEXT, benchmarks, index, is_test};
 use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::extent::{ExtentKind, is_zero, runs};
@@ -55,12 +55,11 @@ fn against_memory(c: &mut Criterion) {
 /// What a thread of the copy does with one read, which comes from another's cache or from memory: the buffers are
 /// taken in turn.
 fn in_reads(c: &mut Criterion) {
-    const READ: u64 = 2 * MIB;
     let reads = if is_test() { 1 } else { 32 };
-    let data = filled(READ);
+    let data = filled(LONGEST_READ);
     // A grain that is not zero shows that where it begins, or at its very end.
-    let mut alternating = zeroes(READ);
-    let mut ends = zeroes(READ);
+    let mut alternating = zeroes(LONGEST_READ);
+    let mut ends = zeroes(LONGEST_READ);
     for number in (0..ends.len() / GRAIN).step_by(2) {
         let grain = number * GRAIN..(number + 1) * GRAIN;
         alternating[grain.clone()].copy_from_slice(&data[grain.clone()]);
@@ -69,12 +68,12 @@ fn in_reads(c: &mut Criterion) {
     let grains = ends.len() / GRAIN;
     let kinds: [(&str, Vec<u8>, usize); 4] = [
         ("data", data, 1),
-        ("zeroes", zeroes(READ), 1),
+        ("zeroes", zeroes(LONGEST_READ), 1),
         ("every other grain", alternating, grains),
         ("every other grain, in its last byte", ends, grains),
     ];
     let mut group = c.benchmark_group("zeroes by grain");
-    group.throughput(Throughput::Bytes(reads as u64 * READ));
+    group.throughput(Throughput::Bytes(reads as u64 * LONGEST_READ));
     for (name, bytes, expected) in kinds {
         assert_eq!(runs(&bytes, GRAIN).count(), expected, "{name}");
         let buffers = vec![bytes; reads];

@@ -8,15 +8,16 @@
 
 use std::error::Error;
 use std::io::{Write, stdout};
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Instant;
 
+use rbd2qcow2_benches::layer_spec;
 use rbd2qcow2_core::buffer::BufferPool;
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::copy::Copy;
 use rbd2qcow2_core::extent::{Extent, ExtentKind};
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
-use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
+use rbd2qcow2_core::layer::{Compression, LayerSpec, LayerWriter};
 use rbd2qcow2_core::options::BackupOptions;
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::pattern::PatternSource;
@@ -49,14 +50,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("FILE TEBIBYTES COMPRESSION are wanted".into());
     };
     let size = tebibytes.parse::<u64>()? << 40;
-    let spec = LayerSpec {
-        path: PathBuf::from(path),
-        virtual_size: size,
-        backing: Some("base.qcow2".into()),
-        cluster_size: LayerSpec::DEFAULT_CLUSTER_SIZE,
-        compression: compression(how)?,
-        extended_l2: ExtendedL2::Auto,
-    };
+    let root = layer_spec(Path::new(path), size, compression(how)?);
+    let spec = LayerSpec { backing: Some("base.qcow2".into()), ..root };
     let begun = Instant::now();
     let options = BackupOptions::default();
     let (cancel, progress) = (Cancel::new(), Progress::default());
