@@ -27,9 +27,8 @@ def measure(bench, workload, rounds, osds, checked):
                 if checked and number == 0 and contender.check:
                     bench.sh(contender.check)
                 figure = None
-                if contender.figures:
-                    line = result.out.strip().splitlines()[-1]
-                    figure = json.loads(line)[contender.figures.removeprefix(".")]
+                if contender.figure:
+                    figure = json.loads(result.out.strip().splitlines()[-1])[contender.figure]
                 runs[contender.name].append({**vars(result), "figure": figure, "out": ""})
                 print(f"  {number + 1} {contender.name}: {result.wall:.2f} s, {result.cpu:.2f} s CPU", flush=True)
             except Failed as error:
@@ -37,8 +36,6 @@ def measure(bench, workload, rounds, osds, checked):
                 workload.cannot[contender.name] = f"failed: {str(error).splitlines()[-1]}"
                 del runs[contender.name]
             bench.sh(contender.after or ":")
-    if workload.after:
-        bench.sh(workload.after)
     return runs
 
 

@@ -96,7 +96,7 @@ def allocated(paths):
     return total
 
 
-def run(command, osds=None, places=(), env=None):
+def run(command, osds=None, places=()):
     """Runs a line of bash, and waits for its end. Raises Failed unless that is a success."""
     before, stored = osds.sent() if osds else 0, allocated(places)
     with open("/dev/null", "rb") as null:
@@ -107,7 +107,6 @@ def run(command, osds=None, places=(), env=None):
             child = subprocess.Popen(
                 ["bash", "-euo", "pipefail", "-c", command],
                 stdin=null, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **(env or {})},
             )
             done, peak = threading.Event(), [0]
             watcher = threading.Thread(target=watch, args=(child.pid, done, peak))

@@ -75,7 +75,7 @@ def table(results):
 
 
 def against(workload, one, other, what="wall"):
-    """The median ratio of two contenders, in the rounds that both have, with its spread."""
+    """The ratios of two contenders of a workload; none where one of them has no runs."""
     runs = workload["runs"]
     return ratios(runs.get(one) or [], runs.get(other) or [], what)
 

@@ -41,7 +41,7 @@ class Contender:
     before: str = ""  # what must be done before each run
     after: str = ""  # what undoes the run
     places: tuple = ()  # directories whose growth is what it stores
-    figures: str = ""  # a jq expression for seconds that its JSON tells of itself
+    figure: str = ""  # the key of seconds that its JSON tells of itself
     items: int = 0  # what it deals with, where that is counted and not its bytes
     check: str = ""  # fails unless the result is right; is run once
 
@@ -54,7 +54,17 @@ class Workload:
     title: str
     contenders: list
     cannot: dict = dataclasses.field(default_factory=dict)  # contender: why it has no run
-    after: str = ""
+
+
+# Where backups go that are thrown away, as bash sees it.
+OUT = "$WORK/out"
+FRESH = f"rm -rf {OUT}; mkdir {OUT}"
+
+
+def export_diff(image, file):
+    """What scripts do for an increment."""
+    return (f"rbd snap create --no-progress {image}@peer && rbd export-diff --no-progress --from-snap base "
+            f"{image}@peer {file} && sync {file}")
 
 
 class Bench:
@@ -64,9 +74,17 @@ class Bench:
         self.program, self.floor, self.work = program, floor, work
         self.images = set()
 
-    def sh(self, command, **more):
+    def sh(self, command):
         """Runs something that is not measured."""
-        return run(self.line(command), **more).out
+        return run(self.line(command)).out
+
+    def each(self, contenders, **fields):
+        """Sets what contenders have in common, and that what they store is counted."""
+        for contender in contenders:
+            contender.places = (f"{self.work}/out",)
+            for field, value in fields.items():
+                setattr(contender, field, value)
+        return contenders
 
     def line(self, command):
         names = {"WORK": self.work, "R": self.program, "FLOOR": self.floor}
@@ -101,24 +119,23 @@ class Bench:
     # --- Contenders that more than one workload has
 
     def floors(self, name, extents):
-        clean = f"forget {name}; rm -f $WORK/floor.data"
-        return [
-            Contender("floor: read", f"$FLOOR rbd {name} floor <{extents}", after=clean),
-            Contender("floor: read, write", f"$FLOOR rbd {name} floor $WORK/out/floor.data <{extents}",
-                      before="rm -rf $WORK/out; mkdir $WORK/out", after=clean, places=(f"{self.work}/out",)),
-        ]
+        """What nobody can do without."""
+        return self.each([
+            Contender("floor: read", f"$FLOOR rbd {name} floor <{extents}"),
+            Contender("floor: read, write", f"$FLOOR rbd {name} floor {OUT}/floor.data <{extents}"),
+        ], before=FRESH, after=f"forget {name}")
 
     def full(self, name):
         """All who can copy a whole image."""
-        out, snap = "$WORK/out", f"rbd/{name}@peer"
+        snap = f"rbd/{name}@peer"
         take = f"rbd snap create --no-progress {snap} && "
         raw = f"-f raw rbd:{snap}"
-        same = f"qemu-img compare -q -f {{}} -F raw {out}/file rbd:{snap}"
+        same = f"qemu-img compare -q -f {{}} -F raw {OUT}/file rbd:{snap}"
 
         def ours(label, options):
-            newest = f"$(ls {out}/{name}/*.qcow2)"
+            newest = f"$(ls {OUT}/{name}/*.qcow2)"
             snapshot = f"rbd/{name}@$(snapshots {name} | tail -n 1)"
-            return Contender(label, f"$R -q backup {options} rbd {out} {name}",
+            return Contender(label, f"$R -q backup {options} rbd {OUT} {name}",
                              check=f"qemu-img compare -q -f qcow2 -F raw {newest} rbd:{snapshot}")
 
         def peer(label, command, form):
@@ -127,22 +144,17 @@ class Bench:
         nbd = ("nbdcopy --flush --requests=64 -- [ qemu-nbd -r --cache=none -f raw rbd:{} ] "
                "[ qemu-nbd --cache=none --aio=native --discard=unmap --detect-zeroes=unmap -f qcow2 {}/file ]")
         convert = "qemu-img convert -O qcow2 -t none -W -m 16"
-        contenders = [
+        return self.each([
             ours("rbd2qcow2", ""),
             ours("rbd2qcow2 zstd", "--compression zstd"),
             ours("rbd2qcow2 qemu-nbd", "--writer qemu-nbd"),
-            peer("qemu-img convert", f"{convert} {raw} {out}/file", "qcow2"),
-            peer("qemu-img convert -c zstd", f"{convert} -c -o compression_type=zstd {raw} {out}/file", "qcow2"),
-            peer("nbdcopy", f"qemu-img create -q -f qcow2 {out}/file $(rbd info --format json rbd/{name} "
-                 f"| jq .size) && {nbd.format(snap, out)}", "qcow2"),
-            peer("rbd export", f"rbd export --no-progress {snap} {out}/file && sync {out}/file", "raw"),
-            peer("rbd export-diff", f"rbd export-diff --no-progress {snap} {out}/file && sync {out}/file", ""),
-        ]
-        for contender in contenders:
-            contender.before = f"rm -rf {out}; mkdir {out}"
-            contender.after = f"forget {name}"
-            contender.places = (f"{self.work}/out",)
-        return contenders
+            peer("qemu-img convert", f"{convert} {raw} {OUT}/file", "qcow2"),
+            peer("qemu-img convert -c zstd", f"{convert} -c -o compression_type=zstd {raw} {OUT}/file", "qcow2"),
+            peer("nbdcopy", f"qemu-img create -q -f qcow2 {OUT}/file $(rbd info --format json rbd/{name} "
+                 f"| jq .size) && {nbd.format(snap, OUT)}", "qcow2"),
+            peer("rbd export", f"rbd export --no-progress {snap} {OUT}/file && sync {OUT}/file", "raw"),
+            peer("rbd export-diff", f"rbd export-diff --no-progress {snap} {OUT}/file && sync {OUT}/file", ""),
+        ], before=FRESH, after=f"forget {name}")
 
     def base(self, name):
         """Brings everybody to what the image is now, from where increments are measured."""
@@ -152,36 +164,29 @@ class Bench:
                 $R -q backup --keep-snapshots 9 --compression ${{to#*:}} rbd $WORK/base.${{to%:*}} {name}
             done
             $R -q backup --keep-snapshots 9 --writer qemu-nbd rbd $WORK/base.nbd {name}
-            ! rbd snap rm --no-progress rbd/{name}@base 2>/dev/null || true
+            rbd snap rm --no-progress rbd/{name}@base 2>/dev/null || true
             rbd snap create --no-progress rbd/{name}@base
             remember {name}
         """)
 
     def increment(self, name):
         """All who can copy what has changed since `base`. Older snapshots stay, with all of them."""
-        extents = self.extents(name, "base")
-        out = "$WORK/out"
 
         def ours(label, base, options):
-            newest = f"$(ls {out}/{name}/*.qcow2 | tail -n 1)"
+            newest = f"$(ls {OUT}/{name}/*.qcow2 | tail -n 1)"
             snapshot = f"rbd/{name}@$(comm -13 $WORK/{name}.snapshots <(snapshots {name} | sort))"
             return Contender(
-                label, f"$R --json -q backup --keep-snapshots 9 {options} rbd {out} {name}",
-                before=f"rm -rf {out}; cp -al $WORK/base.{base} {out}", figures=".diff_seconds",
+                label, f"$R --json -q backup --keep-snapshots 9 {options} rbd {OUT} {name}",
+                before=f"rm -rf {OUT}; cp -al $WORK/base.{base} {OUT}", figure="diff_seconds",
                 check=f"qemu-img compare -q -f qcow2 -F raw {newest} rbd:{snapshot}")
 
-        peer = (f"rbd snap create --no-progress rbd/{name}@peer && rbd export-diff --no-progress "
-                f"--from-snap base rbd/{name}@peer {out}/file && sync {out}/file")
-        contenders = [
+        contenders = self.each([
             ours("rbd2qcow2", "plain", ""),
             ours("rbd2qcow2 zstd", "zstd", "--compression zstd"),
             ours("rbd2qcow2 qemu-nbd", "nbd", "--writer qemu-nbd"),
-            Contender("rbd export-diff", peer, before=f"rm -rf {out}; mkdir {out}"),
-        ]
-        for contender in contenders:
-            contender.after = f"forget {name}"
-            contender.places = (f"{self.work}/out",)
-        return self.floors(name, extents) + contenders
+            Contender("rbd export-diff", export_diff(f"rbd/{name}", f"{OUT}/file"), before=FRESH),
+        ], after=f"forget {name}")
+        return self.floors(name, self.extents(name, "base")) + contenders
 
 
 NO_INCREMENT = {
@@ -232,17 +237,13 @@ def several(b):
     for name in names:
         b.create(name, GIB, ("fill", 0, GIB // 2))
         b.sh(f"remember {name}")
-    listed, out = " ".join(names), "$WORK/out"
+    listed = " ".join(names)
     convert = ("rbd snap create --no-progress rbd/$name@peer && "
-               f"qemu-img convert -O qcow2 -t none -W -m 16 -f raw rbd:rbd/$name@peer {out}/$name")
-    contenders = [
-        Contender("rbd2qcow2", f"$R -q backup rbd {out} {listed}"),
+               f"qemu-img convert -O qcow2 -t none -W -m 16 -f raw rbd:rbd/$name@peer {OUT}/$name")
+    contenders = b.each([
+        Contender("rbd2qcow2", f"$R -q backup rbd {OUT} {listed}"),
         Contender("qemu-img convert", f"for name in {listed}; do {convert}; done"),
-    ]
-    for contender in contenders:
-        contender.before = f"rm -rf {out}; mkdir {out}"
-        contender.after = f"for name in {listed}; do forget $name; done"
-        contender.places = (f"{b.work}/out",)
+    ], before=FRESH, after=f"for name in {listed}; do forget $name; done")
     return Workload("several", "Full backup of 4 images of 512 MiB of random data each", contenders)
 
 
@@ -283,24 +284,18 @@ def fifty(b):
             remember $name
         done
     """)
-    out = "$WORK/out"
 
     def ours(label, base, options):
-        return Contender(label, f"$R -q backup --keep-snapshots 9 {options} rbd {out} {listed}",
-                         before=f"rm -rf {out}; cp -al $WORK/fifty.{base} {out}", items=50)
+        return Contender(label, f"$R -q backup --keep-snapshots 9 {options} rbd {OUT} {listed}",
+                         before=f"rm -rf {OUT}; cp -al $WORK/fifty.{base} {OUT}", items=50)
 
-    diff = ("rbd snap create --no-progress rbd/$name@peer && rbd export-diff --no-progress --from-snap base "
-            f"rbd/$name@peer {out}/$name && sync {out}/$name")
-    contenders = [
+    diff = export_diff("rbd/$name", f"{OUT}/$name")
+    contenders = b.each([
         ours("rbd2qcow2", "plain", ""),
         ours("rbd2qcow2 -j 16", "plain", "-j 16"),
         ours("rbd2qcow2 -j 1 qemu-nbd", "nbd", "-j 1 --writer qemu-nbd"),
-        Contender("rbd export-diff", f"for name in {listed}; do {diff}; done",
-                  before=f"rm -rf {out}; mkdir {out}", items=50),
-    ]
-    for contender in contenders:
-        contender.after = f"n=0; for name in {listed}; do forget $name & (( ++n % 8 )) || wait; done; wait"
-        contender.places = (f"{b.work}/out",)
+        Contender("rbd export-diff", f"for name in {listed}; do {diff}; done", before=FRESH, items=50),
+    ], after=f"n=0; for name in {listed}; do forget $name & (( ++n % 8 )) || wait; done; wait")
     return Workload("fifty", "50 images of 64 MiB, unchanged", contenders, NO_INCREMENT)
 
 
@@ -313,22 +308,20 @@ def differences(b, key, title, name, objects):
         rbd snap create --no-progress rbd/{name}@base
         remember {name}
     """)
-    out = "$WORK/out"
     take = f"rbd snap create --no-progress rbd/{name}@peer"
     diff = f"rbd diff {{}}--from-snap base rbd/{name}@peer >/dev/null"
-    contenders = [
-        Contender(f"rbd2qcow2{more}", f"$R --json -q backup{options} --keep-snapshots 9 rbd {out} {name}",
-                  before=f"rm -rf {out}; cp -al $WORK/base.{key} {out}", figures=".diff_seconds")
-        for more, options in (("", ""), (" --diff fast", " --diff fast"))
-    ]
-    contenders += [
+
+    def ours(options, items):
+        return Contender(f"rbd2qcow2{options}", f"$R --json -q backup{options} --keep-snapshots 9 rbd {OUT} {name}",
+                         before=f"rm -rf {OUT}; cp -al $WORK/base.{key} {OUT}", figure="diff_seconds", items=items)
+
+    # Maps are read, and not objects, where dirty bits are believed.
+    contenders = b.each([
+        ours("", objects),
+        ours(" --diff fast", 0),
         Contender("rbd diff", diff.format(""), before=take, items=objects),
         Contender("rbd diff --whole-object", diff.format("--whole-object "), before=take),
-    ]
-    # Maps are read, not objects, where dirty bits are believed.
-    contenders[0].items = objects
-    for contender in contenders:
-        contender.after = f"forget {name}"
+    ], after=f"forget {name}")
     return Workload(key, title, contenders)
 
 
@@ -349,40 +342,36 @@ def backed_up(b):
     b.create("noise", 8 * GIB, ("fill", 0, 3 * GIB))
     if not os.path.isdir(f"{b.work}/whole"):
         b.sh("mkdir $WORK/whole; $R -q backup --keep-snapshots 9 rbd $WORK/whole noise")
-    return f"$(ls $WORK/whole/noise/*.qcow2)"
+    return "$(ls $WORK/whole/noise/*.qcow2)"
 
 
 def restore(b):
     file = backed_up(b)
     size = f"rbd create --size $(qemu-img info --output json {file} | jq '.\"virtual-size\"')B rbd/restored && "
     raw = "qemu-nbd -r --cache=none -f qcow2 " + file
-    contenders = [
+    contenders = b.each([
         Contender("rbd2qcow2", "$R -q restore $WORK/whole noise --to-rbd rbd/restored"),
         Contender("qemu-img convert -n", size + f"qemu-img convert -n -W -m 16 -f qcow2 -O raw {file} rbd:rbd/restored"),
         Contender("qemu-img convert -n -t none",
                   size + f"qemu-img convert -n -W -m 16 -t none -T none -f qcow2 -O raw {file} rbd:rbd/restored"),
         Contender("nbdcopy", size + f"nbdcopy --flush --requests=64 --destination-is-zero -- [ {raw} ] "
                   "[ qemu-nbd --cache=none -f raw rbd:rbd/restored ]"),
-    ]
-    for contender in contenders:
-        contender.before, contender.after = "cold", "rbd rm --no-progress rbd/restored"
-        contender.check = f"qemu-img compare -q -f qcow2 -F raw {file} rbd:rbd/restored"
+    ], before="cold", after="rbd rm --no-progress rbd/restored",
+        check=f"qemu-img compare -q -f qcow2 -F raw {file} rbd:rbd/restored")
     cannot = {"rbd import-diff": "reads only what export-diff wrote", "rbd import": "reads no qcow2"}
     return Workload("restore", "Restore of 3 GiB into a new RBD image", contenders, cannot)
 
 
 def verify(b):
     file = backed_up(b)
-    snapshot = f"rbd:rbd/noise@$(jq -r .snapshot $WORK/whole/noise/*.json)"
-    contenders = [
+    snapshot = "rbd:rbd/noise@$(jq -r .snapshot $WORK/whole/noise/*.json)"
+    contenders = b.each([
         Contender("rbd2qcow2 verify", "$R -q verify $WORK/whole noise"),
         Contender("rbd2qcow2 verify --source", "$R -q verify --source $WORK/whole noise"),
         Contender("qemu-img check", f"qemu-img check -q {file}"),
         Contender("qemu-img compare", f"qemu-img compare -q -f qcow2 -F raw {file} {snapshot}"),
         Contender("sha256sum", f"sha256sum {file} >/dev/null"),
-    ]
-    for contender in contenders:
-        contender.before = "cold"
+    ], before="cold")
     return Workload("verify", "Verification of a point of 3 GiB", contenders)
 
 
@@ -393,18 +382,14 @@ def prune(b):
         for seed in range(5):
             b.sh("$R -q backup --keep-snapshots 9 rbd $WORK/chain noise")
             b.fill("scatter", "noise", 4096, 4096, 1000 + seed)
-    out = "$WORK/out"
-    layers = f"mapfile -t layers < <(ls {out}/noise/*.qcow2) && chmod 600 {out}/noise/*.qcow2 && "
-    oldest = f"$(basename $(ls {out}/noise/*.qcow2 | head -n 1) .qcow2)"
-    contenders = [
-        Contender("rbd2qcow2 prune", f"$R -q prune {out} {oldest}"),
+    layers = f"mapfile -t layers < <(ls {OUT}/noise/*.qcow2) && chmod 600 {OUT}/noise/*.qcow2 && "
+    oldest = f"$(basename $(ls {OUT}/noise/*.qcow2 | head -n 1) .qcow2)"
+    contenders = b.each([
+        Contender("rbd2qcow2 prune", f"$R -q prune {OUT} {oldest}"),
         Contender("qemu-img rebase", layers + "qemu-img rebase -t none -b '' \"${layers[1]}\" && rm \"${layers[0]}\""),
         Contender("qemu-img commit",
                   layers + "qemu-img commit -q -t none \"${layers[1]}\" && mv -f \"${layers[0]}\" \"${layers[1]}\""),
-    ]
-    for contender in contenders:
-        contender.before = f"rm -rf {out}; cp -a $WORK/chain {out}; cold"
-        contender.places = (f"{b.work}/out",)
+    ], before=f"rm -rf {OUT}; cp -a $WORK/chain {OUT}; cold")
     cannot = {"rbd export-diff": "diffs cannot be removed but by rbd merge-diff of files", "qemu-img convert": "keeps no chain"}
     return Workload("prune", "Removal of the oldest of 5 points, a full one of 3 GiB", contenders, cannot)
 
