@@ -62,13 +62,14 @@ def machine(bench):
         "qemu": first("qemu-img", "--version"),
         "nbdcopy": first("nbdcopy", "--version"),
         "files": first("stat", "-f", "-c", "%T", bench.work),
-    }
+    } | bench.field.versions()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--program", required=True, help="rbd2qcow2")
     parser.add_argument("--floor", required=True, help="the program made of floor.c")
+    parser.add_argument("--python", required=True, help="directory for tools written in Python; they are installed there")
     parser.add_argument("--work", required=True, help="directory for what is backed up; 20 GiB")
     parser.add_argument("--out", required=True, help="directory for compare.md, compare.json and compare.svg")
     parser.add_argument("--rounds", type=int, default=3)
@@ -80,7 +81,7 @@ def main():
     if len(chosen) < len(set(arguments.workloads)):
         parser.error("no such workload")
     bench = Bench(os.path.realpath(arguments.program), os.path.realpath(arguments.floor),
-                  os.path.realpath(arguments.work))
+                  os.path.realpath(arguments.python), os.path.realpath(arguments.work))
     osds = Osds(os.environ["CEPH_CONF"])
     results = {"machine": machine(bench), "rounds": arguments.rounds, "workloads": []}
     for work in chosen:

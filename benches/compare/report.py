@@ -9,7 +9,9 @@ FLOOR = "floor: read, write"
 
 
 def spread(values, form):
-    """A median, and between what it lies."""
+    """A median, and between what it lies; nothing of nothing."""
+    if not values:
+        return ""
     return f"{format(statistics.median(values), form)} ({format(min(values), form)}-{format(max(values), form)})"
 
 
@@ -39,7 +41,7 @@ def rows(workload):
         yield [
             name,
             spread([run["wall"] for run in found], ".2f"),
-            spread(ratios(found, floor), ".2f") if floor else "",
+            spread(ratios(found, floor), ".2f"),
             spread(ratios(ours, found), ".2f") if found is not ours else "",
             f"{statistics.median(run['cpu'] for run in found):.2f}",
             f"{max(run['memory'] for run in found) >> 20}",

@@ -12,7 +12,9 @@ import random
 import shlex
 import subprocess
 
+import python_field
 from measure import run
+from python_field import PythonField
 
 GIB = 1 << 30
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -70,26 +72,28 @@ def export_diff(image, file):
 class Bench:
     """The directory that everything happens in, and the programs."""
 
-    def __init__(self, program, floor, work):
-        self.program, self.floor, self.work = program, floor, work
+    def __init__(self, program, floor, python, work):
+        self.program, self.floor, self.python, self.work = program, floor, python, work
         self.images = set()
+        self.field = PythonField(self, Contender)
 
     def sh(self, command):
         """Runs something that is not measured."""
         return run(self.line(command)).out
 
     def each(self, contenders, **fields):
-        """Sets what contenders have in common, and that what they store is counted."""
+        """Sets what contenders have in common but for those that differ, and that what they store is counted."""
         for contender in contenders:
             contender.places = (f"{self.work}/out",)
             for field, value in fields.items():
-                setattr(contender, field, value)
+                if not getattr(contender, field):
+                    setattr(contender, field, value)
         return contenders
 
     def line(self, command):
-        names = {"WORK": self.work, "R": self.program, "FLOOR": self.floor}
+        names = {"WORK": self.work, "R": self.program, "FLOOR": self.floor, "PYTHON": self.python}
         given = "".join(f"{name}={shlex.quote(value)}\n" for name, value in names.items())
-        return given + PREAMBLE + command
+        return given + PREAMBLE + python_field.PREAMBLE + command
 
     def fill(self, *arguments):
         # Debian's interpreter: python3-rados is built for it.
@@ -154,7 +158,7 @@ class Bench:
                  f"| jq .size) && {nbd.format(snap, OUT)}", "qcow2"),
             peer("rbd export", f"rbd export --no-progress {snap} {OUT}/file && sync {OUT}/file", "raw"),
             peer("rbd export-diff", f"rbd export-diff --no-progress {snap} {OUT}/file && sync {OUT}/file", ""),
-        ], before=FRESH, after=f"forget {name}")
+        ] + self.field.full(name), before=FRESH, after=f"forget {name}")
 
     def base(self, name):
         """Brings everybody to what the image is now, from where increments are measured."""
@@ -168,6 +172,7 @@ class Bench:
             rbd snap create --no-progress rbd/{name}@base
             remember {name}
         """)
+        self.field.base(name)
 
     def increment(self, name):
         """All who can copy what has changed since `base`. Older snapshots stay, with all of them."""
@@ -185,7 +190,7 @@ class Bench:
             ours("rbd2qcow2 zstd", "zstd", "--compression zstd"),
             ours("rbd2qcow2 qemu-nbd", "nbd", "--writer qemu-nbd"),
             Contender("rbd export-diff", export_diff(f"rbd/{name}", f"{OUT}/file"), before=FRESH),
-        ], after=f"forget {name}")
+        ] + self.field.increment(name), after=f"forget {name}")
         return self.floors(name, self.extents(name, "base")) + contenders
 
 
@@ -356,10 +361,22 @@ def restore(b):
                   size + f"qemu-img convert -n -W -m 16 -t none -T none -f qcow2 -O raw {file} rbd:rbd/restored"),
         Contender("nbdcopy", size + f"nbdcopy --flush --requests=64 --destination-is-zero -- [ {raw} ] "
                   "[ qemu-nbd --cache=none -f raw rbd:rbd/restored ]"),
-    ], before="cold", after="rbd rm --no-progress rbd/restored",
+    ] + b.field.restores("noise", "rbd/restored"), before="cold", after="rbd rm --no-progress rbd/restored",
         check=f"qemu-img compare -q -f qcow2 -F raw {file} rbd:rbd/restored")
     cannot = {"rbd import-diff": "reads only what export-diff wrote", "rbd import": "reads no qcow2"}
     return Workload("restore", "Restore of 3 GiB into a new RBD image", contenders, cannot)
+
+
+def overwrite(b):
+    file = backed_up(b)
+    b.sh("$R -q restore $WORK/whole noise --to-rbd rbd/overwritten")
+    change = f"/usr/bin/python3 {HERE}/images.py rewrite overwritten 1 7"
+    contenders = b.each([
+        Contender("rbd2qcow2 --overwrite", "$R -q restore $WORK/whole noise --to-rbd rbd/overwritten --overwrite"),
+        Contender("qemu-img convert -n", f"qemu-img convert -n -W -m 16 -f qcow2 -O raw {file} rbd:rbd/overwritten"),
+    ], before=f"{change}; cold", check=f"qemu-img compare -q -f qcow2 -F raw {file} rbd:rbd/overwritten")
+    cannot = {"nbdcopy": "takes what is zeroes in the point for zeroes in the image, or writes all of 8 GiB"}
+    return Workload("overwrite", "Restore of 3 GiB over an image of which 1 % differs", contenders, cannot)
 
 
 def verify(b):
@@ -395,6 +412,6 @@ def prune(b):
 
 
 ALL = [
-    random_full, debian_full, sparse_full, several, unchanged, rewritten, restore, verify, scattered, fifty,
+    random_full, debian_full, sparse_full, several, unchanged, rewritten, restore, overwrite, verify, scattered, fifty,
     diff_sparse, diff_full, prune,
 ]

@@ -1,0 +1,129 @@
+"""The tools in Python that back RBD images up, benji and backy2: where they are, and their commands.
+
+Neither compares images: what they read is what `rbd diff --whole-object` tells them ("hints"). Both keep blocks of
+4 MiB, once each, so that every run begins with a store of its own.
+"""
+
+import os
+import re
+import subprocess
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# `store` lays out $1's store from the directory $2, so that $2 stays as it is.
+# `hints` has the arguments of `rbd diff`. `version` is backy2's name for the backup of image $2 at snapshot $1.
+PREAMBLE = r"""
+benji() { "$PYTHON/benji/bin/benji" --log-level ERROR -c "$WORK/out/benji/benji.yaml" "$@"; }
+backy2() { "$PYTHON/backy2/bin/backy2" -c "$WORK/out/backy2/backy.cfg" "$@"; }
+store() {
+    rm -rf "$WORK/out" && mkdir "$WORK/out" && cp -al "$2" "$WORK/out/$1"
+    # The blocks are never written to again, but the database is.
+    cp -a --remove-destination "$2"/*.* "$WORK/out/$1/"
+}
+hints() { rbd diff --whole-object --format json "$@" >"$WORK/out/hints"; }
+version() { backy2 -m ls -s "$1" "$2" | awk -F'|' 'END { print $7 }'; }
+"""
+
+
+class Tool:
+    """One of the two."""
+
+    def __init__(self, name, init, backup, since, restore):
+        self.name = name
+        self.init = init  # makes the database
+        self.backup = backup  # of {image} at {snapshot}
+        self.since = since  # what is added to begin from `base`
+        self.restore = restore  # what was backed up at {snapshot}, to {scheme}{target}
+        self.label = name  # and how the tables call it
+
+
+TOOLS = [
+    Tool("benji", "benji database-init",
+         "benji backup --uid {image}-{snapshot} --snapshot {snapshot} --rbd-hints $WORK/out/hints {since} "
+         "rbd:rbd/{image}@{snapshot} {image}",
+         "--base-version {image}-base", "benji restore --sparse {image}-{snapshot} {scheme}:{target}"),
+    Tool("backy2", "backy2 initdb",
+         "backy2 backup -s {snapshot} -r $WORK/out/hints {since} rbd://rbd/{image}@{snapshot} {image}",
+         "-f $(cat $WORK/version)",
+         "backy2 restore --sparse $(version {snapshot} {image}) {scheme}://{target}"),
+]
+
+
+class PythonField:
+    """Those of the tools that can be installed, configured for stores in the directory `out` of the work's."""
+
+    def __init__(self, bench, contender):
+        self.bench, self.contender = bench, contender
+        self.tools, self.cannot = [], {}
+        os.makedirs(bench.python, exist_ok=True)
+        os.makedirs(f"{bench.work}/stores", exist_ok=True)
+        told = subprocess.run([os.path.join(HERE, "install-python-peers"), bench.python, f"{bench.work}/out"],
+                              check=True, capture_output=True, text=True).stdout
+        for tool in TOOLS:
+            words = re.search(rf"^{tool.name}: (.*)$", told, re.M).group(1)
+            if words.startswith("not installable"):
+                self.cannot[tool.name] = words
+                continue
+            python = bench.sh(f"$PYTHON/{tool.name}/bin/python --version")
+            tool.label = f"{tool.name} {words}, {python.strip()}"
+            self.tools.append(tool)
+            bench.sh(f"{tool.init}; mv $WORK/out/{tool.name} {self.empty(tool)}")
+
+    def versions(self):
+        """What the results say of them."""
+        return {tool.name: tool.label for tool in self.tools} | self.cannot
+
+    @staticmethod
+    def empty(tool):
+        return f"$WORK/stores/{tool.name}.empty"
+
+    @staticmethod
+    def based(tool):
+        return f"$WORK/stores/{tool.name}.base"
+
+    def base(self, image):
+        """Brings them to the image's snapshot `base`."""
+        for tool in self.tools:
+            backup = tool.backup.format(image=image, snapshot="base", since="")
+            self.bench.sh(f"""
+                store {tool.name} {self.empty(tool)}
+                hints rbd/{image}@base
+                {backup}
+                rm -rf {self.based(tool)}
+                mv $WORK/out/{tool.name} {self.based(tool)}
+            """)
+
+    def full(self, image):
+        """Backups of the whole image."""
+        return [self.make(tool, image, "", f"store {tool.name} {self.empty(tool)}") for tool in self.tools]
+
+    def increment(self, image):
+        """Backups of what has changed since `base`."""
+        made = []
+        for tool in self.tools:
+            before = f"store {tool.name} {self.based(tool)}"
+            if tool.name == "backy2":
+                before += f"; version base {image} >$WORK/version"
+            made.append(self.make(tool, image, tool.since.format(image=image), before))
+        return made
+
+    def make(self, tool, image, since, before):
+        snapshot = f"rbd/{image}@peer"
+        hints = ("--from-snap base " if since else "") + snapshot
+        backup = tool.backup.format(image=image, snapshot="peer", since=since)
+        restored = "$WORK/out/restored"
+        restore = tool.restore.format(image=image, snapshot="peer", scheme="file", target=restored)
+        return self.contender(
+            tool.name, f"rbd snap create --no-progress {snapshot} && hints {hints} && {backup} && sync -f $WORK/out",
+            before=before, check=f"{restore} && qemu-img compare -q -f raw -F raw {restored} rbd:{snapshot}")
+
+    def restores(self, image, target):
+        """Restores, to an image that is not there, of what is backed up now at a snapshot of its own."""
+        snapshot = f"rbd/{image}@base"
+        self.bench.sh(f"rbd snap rm --no-progress {snapshot} 2>/dev/null || true; rbd snap create --no-progress {snapshot}")
+        self.base(image)
+        return [
+            self.contender(tool.name, tool.restore.format(image=image, snapshot="base", scheme="rbd", target=target),
+                           before=f"store {tool.name} {self.based(tool)}; cold")
+            for tool in self.tools
+        ]
