@@ -33,6 +33,11 @@ pub(crate) use packed::{PackedCluster, PackedClusters};
 /// clusters of 64 KiB, for half the work.
 const ZSTD_LEVEL: u8 = 2;
 
+/// Where only a part of a cluster has changed, so many times its length of the cluster's beginning are packed
+/// first: if they do not get smaller than what has changed, all of the cluster will not, and most of the work
+/// of a scattered increment was to find that out.
+const BEGINNING: usize = 4;
+
 /// A [`LayerWriter`] that writes the file itself. See the [module](self).
 #[derive(Debug)]
 pub struct NativeLayer {
@@ -133,8 +138,8 @@ impl NativeLayer {
         Ok(self.file.write_clusters(first, &self.content(clusters, patch))?)
     }
 
-    /// Writes a cluster packed: as it lies packed elsewhere, or else if that takes less than `plain` bytes.
-    /// Tells whether it did.
+    /// Writes a cluster packed: as it lies packed elsewhere, or else if that is seen to take less than `plain`
+    /// bytes. Tells whether it did.
     fn write_packed(&self, cluster: u64, plain: u64, patch: &Patch) -> Result<bool, NativeError> {
         let Some(form) = self.packed.filter(|_| plain > 0) else { return Ok(false) };
         let mut content = self.content(cluster..cluster + 1, patch);
@@ -147,7 +152,14 @@ impl NativeLayer {
             content = padded.into();
         }
         let mut compressor = self.compressors.get(form, || self.file.is_aborted())?;
-        let packed = compressor.pack(&content, index(plain - 1)).map_err(NativeError::Compress)?;
+        let (most, beginning) = (index(plain - 1), index(plain) * BEGINNING);
+        if beginning < content.len() {
+            let tried = compressor.pack(&content[..beginning], most).map_err(NativeError::Compress)?;
+            if tried.is_none() {
+                return Ok(false);
+            }
+        }
+        let packed = compressor.pack(&content, most).map_err(NativeError::Compress)?;
         let Some(packed) = packed else { return Ok(false) };
         self.file.write_compressed(cluster, packed)?;
         Ok(true)

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::error::ReadError;
-use super::layer::{LayerReader, Piece, Pieces};
+use super::layer::{LayerReader, Piece, Pieces, Unpacked};
 use super::table::GuestOffset;
 
 /// The layers of one restore point, open for reading. Can be shared by threads, which read in
@@ -110,12 +110,13 @@ impl ChainReader {
         }
         let within = |range: &Range<u64>| in_memory(range.start - offset)..in_memory(range.end - offset);
         for layer in &self.layers {
-            let mut absent = Vec::new();
+            let (mut absent, mut unpacked) = (Vec::new(), Unpacked::default());
             for range in wanted {
                 let (inside, behind) = split(range, layer.virtual_size());
                 buf[within(&behind)].fill(0);
                 if !inside.is_empty() {
-                    absent.append(&mut layer.read_at(inside.start, &mut buf[within(&inside)])?);
+                    let target = &mut buf[within(&inside)];
+                    absent.append(&mut layer.read_with(&mut unpacked, inside.start, target)?);
                 }
             }
             wanted = absent;

@@ -162,6 +162,16 @@ impl LayerReader {
     /// # Errors
     /// Those of [`map`](Self::map), and [`ReadError::Compressed`]. `buf` holds anything then.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<Vec<Range<u64>>, ReadError> {
+        self.read_with(&mut Unpacked::default(), offset, buf)
+    }
+
+    /// The same, for one of several reads that may lie in the same cluster: it is unpacked once.
+    pub(super) fn read_with(
+        &self,
+        unpacked: &mut Unpacked,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Vec<Range<u64>>, ReadError> {
         let mut absent: Vec<Range<u64>> = Vec::new();
         let end = offset.saturating_add(buf.len() as u64);
         for segment in self.segments(offset..end)? {
@@ -170,7 +180,7 @@ impl LayerReader {
             match held {
                 Held::Data(host) => self.read_data(host, target)?,
                 Held::Zero => target.fill(0),
-                Held::Compressed(cluster) => self.read_compressed(cluster, range.start, target)?,
+                Held::Compressed(cluster) => self.read_compressed(cluster, range.start, target, unpacked)?,
                 Held::Absent => match absent.last_mut() {
                     Some(last) if last.end == range.start => last.end = range.end,
                     _ => absent.push(range),
@@ -199,22 +209,28 @@ impl LayerReader {
         Ok(())
     }
 
-    fn read_compressed(&self, packed: CompressedCluster, from: u64, to: &mut [u8]) -> Result<(), ReadError> {
+    fn read_compressed(
+        &self,
+        packed: CompressedCluster,
+        from: u64,
+        to: &mut [u8],
+        unpacked: &mut Unpacked,
+    ) -> Result<(), ReadError> {
         let cluster_size = self.geometry.cluster_size();
         let start = from - from % cluster_size;
-        let input = self.read_input(packed)?;
-        let failed = |cause| ReadError::Compressed {
-            path: self.path.clone(),
-            guest: GuestOffset(start),
-            host: packed.host,
-            cause,
+        let unpack_to = |target: &mut [u8]| {
+            let input = self.read_input(packed)?;
+            unpack(self.geometry.compression_type, &input, target).map_err(|cause| ReadError::Compressed {
+                path: self.path.clone(),
+                guest: GuestOffset(start),
+                host: packed.host,
+                cause,
+            })
         };
-        let kind = self.geometry.compression_type;
         if to.len() as u64 == cluster_size {
-            return unpack(kind, &input, to).map_err(failed);
+            return unpack_to(to);
         }
-        let mut cluster = vec![0; index(cluster_size)];
-        unpack(kind, &input, &mut cluster).map_err(failed)?;
+        let cluster = unpacked.get(start, index(cluster_size), unpack_to)?;
         let skipped = index(from - start);
         to.copy_from_slice(&cluster[skipped..skipped + to.len()]);
         Ok(())
@@ -260,6 +276,34 @@ impl LayerReader {
 
     fn shrunk(&self, host: HostOffset) -> ReadError {
         ReadError::Shrunk { path: self.path.clone(), host }
+    }
+}
+
+/// The cluster of one layer of which a part was read last, whole. Newer layers leave many parts of a cluster
+/// open, each of which is read on its own.
+#[derive(Debug, Default)]
+pub(super) struct Unpacked {
+    /// Where the guest sees the cluster that `bytes` holds.
+    start: Option<u64>,
+    bytes: Vec<u8>,
+}
+
+impl Unpacked {
+    /// The cluster at `start`, for which `unpack` fills that many bytes unless it is there.
+    fn get(
+        &mut self,
+        start: u64,
+        cluster_size: usize,
+        unpack: impl FnOnce(&mut [u8]) -> Result<(), ReadError>,
+    ) -> Result<&[u8], ReadError> {
+        if self.start != Some(start) {
+            // Not to be taken for the old one, should this fail.
+            self.start = None;
+            self.bytes.resize(cluster_size, 0);
+            unpack(&mut self.bytes)?;
+            self.start = Some(start);
+        }
+        Ok(&self.bytes)
     }
 }
 

@@ -2,14 +2,14 @@ use std::path::PathBuf;
 
 use proptest::prelude::*;
 
-use super::testing::{Form, cases, form, image, spec_of, write_chain};
+use super::testing::{Form, Stretch, cases, fill, form, image, spec_of, write, write_chain};
 use super::{Compressors, NativeLayer};
 use crate::cancel::Cancel;
 use crate::layer::qemu_nbd::testing::{contents, qemu_img, qemus};
 use crate::layer::{Compression, ExtendedL2, LayerError, LayerWriter};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::check::check;
-use crate::qcow2::layer::LayerReader;
+use crate::qcow2::layer::{LayerReader, Piece};
 
 fn padded(content: &[u8]) -> Vec<u8> {
     let mut padded = content.to_vec();
@@ -76,6 +76,44 @@ proptest! {
                 let map = qemu_img(&tools, directory.path(), &["map", "--output=json", "-f", "qcow2", name]);
                 check_map(&map, &padded(content));
             }
+        }
+    }
+}
+
+/// Of a cluster only a page changes. It is packed whole where that is smaller than the page, and only there.
+#[test]
+fn little_that_changed_is_stored_in_the_smaller_form() {
+    let form = Form {
+        cluster_bits: 17,
+        extended_l2: ExtendedL2::Auto,
+        compression: Compression::Zstd { level: None },
+        block: 4096,
+    };
+    let kinds = [Stretch::Constant(7), Stretch::Text(1), Stretch::Noise(2)];
+    for (around, cluster) in kinds.iter().enumerate() {
+        for (inside, page) in kinds.iter().enumerate() {
+            let mut old = vec![0; 1 << 17];
+            fill(&mut old, &[], cluster);
+            let mut content = old.clone();
+            fill(
+                &mut content[81_920..86_016],
+                &[],
+                &if inside == around { Stretch::Text(9) } else { page.clone() },
+            );
+            let directory = tempfile::tempdir().expect("a temporary directory");
+            let below = spec_of(directory.path(), "below", old.len(), None, &form);
+            write(&below, &old, None, form.block);
+            let spec = spec_of(directory.path(), "layer", old.len(), Some("below".to_owned()), &form);
+            write(&spec, &content, Some(&old), form.block);
+            let layer = LayerReader::open(&spec.path).expect("a layer");
+            let held: Vec<_> = layer.map(0..1 << 17).expect("in range").map(Result::unwrap).collect();
+            // Only noise does not pack, and only what is constant packs to next to nothing.
+            if around == 0 && inside < 2 {
+                assert_eq!(held, [(0..1 << 17, Piece::Compressed)], "{page:?} in {cluster:?}");
+            } else {
+                assert_eq!(held[1], (81_920..86_016, Piece::Data), "{page:?} in {cluster:?}");
+            }
+            check_with_our_reader(&[(spec.path, content), (below.path, old)]);
         }
     }
 }

@@ -1,11 +1,17 @@
+use std::fs::File;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::Value;
 
 use super::*;
+use crate::layer::native::testing::{Form, Stretch, fill, spec_of, write};
 use crate::layer::qemu_nbd::QemuTools;
 use crate::layer::qemu_nbd::testing::{Random, contents, qemu_img};
+use crate::layer::{Compression, ExtendedL2};
+use crate::qcow2::file::ReadAt;
 use crate::qcow2::testing::{VARIANTS, make, qemu, qemu_io};
 
 /// A chain that QEMU made, and what QEMU reads from it.
@@ -190,4 +196,53 @@ fn only_the_chain_that_was_given_is_read() {
     assert!(error.ends_with("/b builds upon a, but the chain goes on with nothing"), "{error}");
     assert!(matches!(open(&[]), Err(ReadError::NoLayers)));
     assert!(matches!(open(&["missing"]), Err(ReadError::Header { .. })));
+}
+
+/// Counts the reads that are longer than those of tables.
+struct Counting {
+    file: File,
+    long: Arc<AtomicUsize>,
+}
+
+impl ReadAt for Counting {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        if buf.len() > 16 << 10 {
+            self.long.fetch_add(1, Ordering::Relaxed);
+        }
+        self.file.read_at(buf, offset)
+    }
+}
+
+/// A cluster was read and unpacked anew for each part of it that newer layers leave open.
+#[test]
+fn a_read_unpacks_a_cluster_once() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let form =
+        |compression| Form { cluster_bits: 17, extended_l2: ExtendedL2::Auto, compression, block: 4096 };
+    let mut old = vec![0; 2 << 17];
+    fill(&mut old, &[], &Stretch::Text(1));
+    let packed = form(Compression::Zstd { level: None });
+    let below = spec_of(directory.path(), "below", old.len(), None, &packed);
+    write(&below, &old, None, packed.block);
+    let mut content = old.clone();
+    for page in content.chunks_mut(16 << 10) {
+        fill(&mut page[..4096], &[], &Stretch::Noise(3));
+    }
+    let plain = form(Compression::None);
+    let above = spec_of(directory.path(), "above", old.len(), Some("below".to_owned()), &plain);
+    write(&above, &content, Some(&old), plain.block);
+
+    let long = Arc::new(AtomicUsize::new(0));
+    let file = File::open(&below.path).expect("a file");
+    let bytes = file.metadata().expect("a file").len();
+    let source = Counting { file, long: Arc::clone(&long) };
+    let layers = vec![
+        LayerReader::open(&above.path).expect("a layer"),
+        LayerReader::from_source(&below.path, source, bytes).expect("a layer"),
+    ];
+    let chain = ChainReader::from_layers(layers).expect("a chain");
+    let mut found = vec![0; content.len()];
+    chain.read_at(0, &mut found).expect("readable");
+    assert!(found == content);
+    assert_eq!(long.load(Ordering::Relaxed), 2);
 }
