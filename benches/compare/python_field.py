@@ -11,7 +11,8 @@ import subprocess
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # `store` lays out $1's store from the directory $2, so that $2 stays as it is.
-# `hints` has the arguments of `rbd diff`. `version` is backy2's name for the backup of image $2 at snapshot $1.
+# `hints` has the arguments of `rbd diff`.
+# `version` leaves backy2's name for the backup of image $2 at snapshot $1 in a file. A script would know it.
 PREAMBLE = r"""
 benji() { "$PYTHON/benji/bin/benji" --log-level ERROR -c "$WORK/out/benji/benji.yaml" "$@"; }
 backy2() { "$PYTHON/backy2/bin/backy2" -c "$WORK/out/backy2/backy.cfg" "$@"; }
@@ -21,19 +22,20 @@ store() {
     cp -a --remove-destination "$2"/*.* "$WORK/out/$1/"
 }
 hints() { rbd diff --whole-object --format json "$@" >"$WORK/out/hints"; }
-version() { backy2 -m ls -s "$1" "$2" | awk -F'|' 'END { print $7 }'; }
+version() { backy2 -m ls -s "$1" "$2" | awk -F'|' 'END { print $7 }' >"$WORK/version"; }
 """
 
 
 class Tool:
     """One of the two."""
 
-    def __init__(self, name, init, backup, since, restore):
+    def __init__(self, name, init, backup, since, restore, verify):
         self.name = name
         self.init = init  # makes the database
         self.backup = backup  # of {image} at {snapshot}
         self.since = since  # what is added to begin from `base`
         self.restore = restore  # what was backed up at {snapshot}, to {scheme}{target}
+        self.verify = verify  # what was backed up at {snapshot}, without the image
         self.label = name  # and how the tables call it
 
 
@@ -41,11 +43,12 @@ TOOLS = [
     Tool("benji", "benji database-init",
          "benji backup --uid {image}-{snapshot} --snapshot {snapshot} --rbd-hints $WORK/out/hints {since} "
          "rbd:rbd/{image}@{snapshot} {image}",
-         "--base-version {image}-base", "benji restore --sparse {image}-{snapshot} {scheme}:{target}"),
+         "--base-version {image}-base", "benji restore --sparse {image}-{snapshot} {scheme}:{target}",
+         "benji deep-scrub {image}-{snapshot}"),
     Tool("backy2", "backy2 initdb",
          "backy2 backup -s {snapshot} -r $WORK/out/hints {since} rbd://rbd/{image}@{snapshot} {image}",
          "-f $(cat $WORK/version)",
-         "backy2 restore --sparse $(version {snapshot} {image}) {scheme}://{target}"),
+         "backy2 restore --sparse $(cat $WORK/version) {scheme}://{target}", "backy2 scrub $(cat $WORK/version)"),
 ]
 
 
@@ -99,13 +102,12 @@ class PythonField:
 
     def increment(self, image):
         """Backups of what has changed since `base`."""
-        made = []
-        for tool in self.tools:
-            before = f"store {tool.name} {self.based(tool)}"
-            if tool.name == "backy2":
-                before += f"; version base {image} >$WORK/version"
-            made.append(self.make(tool, image, tool.since.format(image=image), before))
-        return made
+        return [self.make(tool, image, tool.since.format(image=image), self.from_base(tool, image))
+                for tool in self.tools]
+
+    def from_base(self, tool, image):
+        """What must be done before something that needs the backup of `base`."""
+        return f"store {tool.name} {self.based(tool)}" + (f"; version base {image}" if tool.name == "backy2" else "")
 
     def make(self, tool, image, since, before):
         snapshot = f"rbd/{image}@peer"
@@ -113,17 +115,30 @@ class PythonField:
         backup = tool.backup.format(image=image, snapshot="peer", since=since)
         restored = "$WORK/out/restored"
         restore = tool.restore.format(image=image, snapshot="peer", scheme="file", target=restored)
+        if tool.name == "backy2":
+            restore = f"version peer {image}; {restore}"
         return self.contender(
             tool.name, f"rbd snap create --no-progress {snapshot} && hints {hints} && {backup} && sync -f $WORK/out",
             before=before, check=f"{restore} && qemu-img compare -q -f raw -F raw {restored} rbd:{snapshot}")
 
-    def restores(self, image, target):
-        """Restores, to an image that is not there, of what is backed up now at a snapshot of its own."""
+    def backed_up(self, image):
+        """Backups, as `base`, of what the image is now."""
         snapshot = f"rbd/{image}@base"
         self.bench.sh(f"rbd snap rm --no-progress {snapshot} 2>/dev/null || true; rbd snap create --no-progress {snapshot}")
         self.base(image)
+
+    def restores(self, image, target):
+        """Restores of `base`, to an image that is not there."""
         return [
             self.contender(tool.name, tool.restore.format(image=image, snapshot="base", scheme="rbd", target=target),
-                           before=f"store {tool.name} {self.based(tool)}; cold")
+                           before=self.from_base(tool, image) + "; cold")
+            for tool in self.tools
+        ]
+
+    def verifies(self, image):
+        """Verification of `base`."""
+        return [
+            self.contender(" ".join(tool.verify.split()[:2]), tool.verify.format(image=image, snapshot="base"),
+                           before=self.from_base(tool, image) + "; cold")
             for tool in self.tools
         ]

@@ -347,6 +347,7 @@ def backed_up(b):
     b.create("noise", 8 * GIB, ("fill", 0, 3 * GIB))
     if not os.path.isdir(f"{b.work}/whole"):
         b.sh("mkdir $WORK/whole; $R -q backup --keep-snapshots 9 rbd $WORK/whole noise")
+        b.field.backed_up("noise")
     return "$(ls $WORK/whole/noise/*.qcow2)"
 
 
@@ -388,7 +389,7 @@ def verify(b):
         Contender("qemu-img check", f"qemu-img check -q {file}"),
         Contender("qemu-img compare", f"qemu-img compare -q -f qcow2 -F raw {file} {snapshot}"),
         Contender("sha256sum", f"sha256sum {file} >/dev/null"),
-    ], before="cold")
+    ] + b.field.verifies("noise"), before="cold")
     return Workload("verify", "Verification of a point of 3 GiB", contenders)
 
 
