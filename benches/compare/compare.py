@@ -62,7 +62,7 @@ def machine(bench):
         "qemu": first("qemu-img", "--version"),
         "nbdcopy": first("nbdcopy", "--version"),
         "files": first("stat", "-f", "-c", "%T", bench.work),
-    } | bench.field.versions()
+    } | bench.field.found
 
 
 def main():

@@ -4,6 +4,7 @@ Neither compares images: what they read is what `rbd diff --whole-object` tells 
 4 MiB, once each, so that every run begins with a store of its own.
 """
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -26,17 +27,16 @@ version() { backy2 -m ls -s "$1" "$2" | awk -F'|' 'END { print $7 }' >"$WORK/ver
 """
 
 
+@dataclasses.dataclass
 class Tool:
-    """One of the two."""
+    """One of the two, and its lines of bash."""
 
-    def __init__(self, name, init, backup, since, restore, verify):
-        self.name = name
-        self.init = init  # makes the database
-        self.backup = backup  # of {image} at {snapshot}
-        self.since = since  # what is added to begin from `base`
-        self.restore = restore  # what was backed up at {snapshot}, to {scheme}{target}
-        self.verify = verify  # what was backed up at {snapshot}, without the image
-        self.label = name  # and how the tables call it
+    name: str
+    init: str  # makes the database
+    backup: str  # of {image} at {snapshot}
+    since: str  # what is added to begin from `base`
+    restore: str  # what was backed up at {snapshot}, to {scheme}{target}
+    verify: str  # what was backed up at {snapshot}, without the image
 
 
 TOOLS = [
@@ -53,28 +53,24 @@ TOOLS = [
 
 
 class PythonField:
-    """Those of the tools that can be installed, configured for stores in the directory `out` of the work's."""
+    """The tools that can be installed, configured for stores in the directory `out` of the bench's."""
 
     def __init__(self, bench, contender):
         self.bench, self.contender = bench, contender
-        self.tools, self.cannot = [], {}
+        self.tools = []
+        # Of each tool its version, or why it is not there.
+        self.found = {}
         os.makedirs(bench.python, exist_ok=True)
         os.makedirs(f"{bench.work}/stores", exist_ok=True)
         told = subprocess.run([os.path.join(HERE, "install-python-peers"), bench.python, f"{bench.work}/out"],
                               check=True, capture_output=True, text=True).stdout
         for tool in TOOLS:
-            words = re.search(rf"^{tool.name}: (.*)$", told, re.M).group(1)
+            words = self.found[tool.name] = re.search(rf"^{tool.name}: (.*)$", told, re.M).group(1)
             if words.startswith("not installable"):
-                self.cannot[tool.name] = words
                 continue
-            python = bench.sh(f"$PYTHON/{tool.name}/bin/python --version")
-            tool.label = f"{tool.name} {words}, {python.strip()}"
+            self.found[tool.name] += ", " + bench.sh(f"$PYTHON/{tool.name}/bin/python --version").strip()
             self.tools.append(tool)
             bench.sh(f"{tool.init}; mv $WORK/out/{tool.name} {self.empty(tool)}")
-
-    def versions(self):
-        """What the results say of them."""
-        return {tool.name: tool.label for tool in self.tools} | self.cannot
 
     @staticmethod
     def empty(tool):
@@ -110,6 +106,7 @@ class PythonField:
         return f"store {tool.name} {self.based(tool)}" + (f"; version base {image}" if tool.name == "backy2" else "")
 
     def make(self, tool, image, since, before):
+        """A backup, with what `since` adds."""
         snapshot = f"rbd/{image}@peer"
         hints = ("--from-snap base " if since else "") + snapshot
         backup = tool.backup.format(image=image, snapshot="peer", since=since)

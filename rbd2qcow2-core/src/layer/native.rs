@@ -2,10 +2,11 @@
 //!
 //! What a patch calls changed goes to the file as it is: runs of whole clusters in one write, parts
 //! of a cluster as subclusters. With compression, each cluster of which something changed is packed
-//! whole, and stored so if that is smaller than what changed of it. For that the layer wants the
-//! whole content of such clusters, and may come to hold more than has changed: the same bytes as the
-//! layers below, or else they would have changed. Where layers are put into one, a cluster that lies packed
-//! in one of them already is copied instead.
+//! whole, and stored so if that is smaller than what changed of it; where that is little, the
+//! cluster's beginning tells first whether there is hope. For that the layer wants the whole content
+//! of such clusters, and may come to hold more than has changed: the same bytes as the layers below,
+//! or else they would have changed. Where layers are put into one, a cluster that lies packed in one
+//! of them already is copied instead.
 
 use std::ops::Range;
 use std::sync::Arc;
