@@ -2,12 +2,15 @@
 //!
 //! What a run reads of images lies in [`Buffer`]s of one [`BufferPool`], so the pool's limit bounds it,
 //! whatever the images' size and however many are under way. A layer has a small pool of its own for
-//! what it puts together: tables and packed data. Buffers are reused: a fresh 4 MiB allocation costs a thousand page faults.
+//! what it puts together: tables and packed data. Buffers are reused: a fresh 4 MiB allocation costs a
+//! thousand page faults. Large ones ask for huge pages: data are copied there once, hashed, and handed to
+//! the disk, and each of that goes through the page tables.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use memmap2::{Advice, MmapMut};
 
 use crate::cancel::Cancel;
 
@@ -16,6 +19,9 @@ pub const ALIGNMENT: usize = 4096;
 
 /// The smallest allocation; shorter requests share this size so that they can reuse each other's.
 const SMALLEST_CLASS: usize = 64 << 10;
+
+/// A huge page of most machines. Buffers of this size or more begin at a multiple of it.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// Hands out buffers until a number of bytes is in use, then blocks.
 #[derive(Clone, Debug)]
@@ -41,16 +47,54 @@ struct State {
 /// Zero-initialised bytes of which `size` from an aligned start on are used.
 #[derive(Debug, Default)]
 struct Allocation {
-    bytes: Vec<u8>,
+    memory: Memory,
     start: usize,
     size: usize,
 }
 
+#[derive(Debug)]
+enum Memory {
+    Heap(Vec<u8>),
+    /// On huge pages where the kernel has some. What lies around the used part is never touched, and
+    /// takes addresses only.
+    Mapped(MmapMut),
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self::Heap(Vec::new())
+    }
+}
+
 impl Allocation {
     fn new(size: usize) -> Self {
+        if size >= HUGE_PAGE
+            && let Ok(map) = MmapMut::map_anon(size + HUGE_PAGE)
+        {
+            let start = map.as_ptr().align_offset(HUGE_PAGE);
+            // A kernel without huge pages refuses: the memory is as good, only slower.
+            let _ = map.advise_range(Advice::HugePage, start, size);
+            return Self { memory: Memory::Mapped(map), start, size };
+        }
         let bytes = vec![0; size + ALIGNMENT];
         let start = bytes.as_ptr().align_offset(ALIGNMENT);
-        Self { bytes, start, size }
+        Self { memory: Memory::Heap(bytes), start, size }
+    }
+
+    fn bytes(&self, length: usize) -> &[u8] {
+        let all = match &self.memory {
+            Memory::Heap(bytes) => &bytes[..],
+            Memory::Mapped(map) => &map[..],
+        };
+        &all[self.start..self.start + length]
+    }
+
+    fn bytes_mut(&mut self, length: usize) -> &mut [u8] {
+        let all = match &mut self.memory {
+            Memory::Heap(bytes) => &mut bytes[..],
+            Memory::Mapped(map) => &mut map[..],
+        };
+        &mut all[self.start..self.start + length]
     }
 }
 
@@ -146,13 +190,13 @@ impl Deref for Lent {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.allocation.bytes[self.allocation.start..self.allocation.start + self.length]
+        self.allocation.bytes(self.length)
     }
 }
 
 impl DerefMut for Lent {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.allocation.bytes[self.allocation.start..self.allocation.start + self.length]
+        self.allocation.bytes_mut(self.length)
     }
 }
 
@@ -199,19 +243,13 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        match &self.allocation {
-            Some(a) => &a.bytes[a.start..a.start + self.length],
-            None => &[],
-        }
+        self.allocation.as_ref().map_or(&[], |allocation| allocation.bytes(self.length))
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        match &mut self.allocation {
-            Some(a) => &mut a.bytes[a.start..a.start + self.length],
-            None => &mut [],
-        }
+        self.allocation.as_mut().map_or(&mut [], |allocation| allocation.bytes_mut(self.length))
     }
 }
 
@@ -245,6 +283,22 @@ mod tests {
             let buffer = pool.get(length, &Cancel::new()).expect("not cancelled");
             assert_eq!(buffer.len(), length);
             assert_eq!(buffer.as_ptr().addr() % ALIGNMENT, 0);
+        }
+    }
+
+    #[test]
+    fn large_buffers_begin_with_a_huge_page_and_are_zeroes() {
+        let pool = BufferPool::new(16 << 20);
+        for length in [HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 8 << 20] {
+            let mut buffer = pool.get(length, &Cancel::new()).expect("not cancelled");
+            assert_eq!(buffer.as_ptr().addr() % HUGE_PAGE, 0);
+            assert!(buffer.len() == length && buffer.iter().all(|byte| *byte == 0));
+            // To the last byte.
+            buffer.fill(7);
+            let mut lent = buffer.lend();
+            assert!(lent.iter().all(|byte| *byte == 7));
+            lent.fill(0);
+            buffer.take_back(lent);
         }
     }
 
