@@ -103,7 +103,7 @@ impl Default for BackupOptions {
             full: false,
             keep_snapshots: 1,
             rate_limit: None,
-            memory: 48 << 20,
+            memory: 40 << 20,
             dry_run: false,
             patience: Duration::from_secs(300),
             time: None,
