@@ -61,7 +61,7 @@ def machine(bench):
         "ceph": first("ceph", "--version").split("(")[0].strip(),
         "qemu": first("qemu-img", "--version"),
         "nbdcopy": first("nbdcopy", "--version"),
-        "files": first("stat", "-f", "-c", "%T", bench.work),
+        "files": first("findmnt", "-n", "-o", "FSTYPE", "-T", bench.work),
     } | bench.field.found
 
 
