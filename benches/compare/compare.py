@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--program", required=True, help="rbd2qcow2")
     parser.add_argument("--floor", required=True, help="the program made of floor.c")
     parser.add_argument("--python", required=True, help="directory for tools written in Python; they are installed there")
-    parser.add_argument("--work", required=True, help="directory for what is backed up; 20 GiB")
+    parser.add_argument("--work", required=True, help="directory for what is backed up; 36 GiB")
     parser.add_argument("--out", required=True, help="directory for compare.md, compare.json and compare.svg")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--unchecked", action="store_true", help="do not compare results with the images")
