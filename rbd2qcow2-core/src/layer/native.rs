@@ -34,9 +34,9 @@ pub(crate) use packed::{PackedCluster, PackedClusters};
 /// clusters of 64 KiB, for half the work.
 const ZSTD_LEVEL: u8 = 2;
 
-/// Where only a part of a cluster has changed, so many times its length of the cluster's beginning are packed
-/// first: if they do not get smaller than what has changed, all of the cluster will not, and most of the work
-/// of a scattered increment was to find that out.
+/// Where little of a cluster has changed, so many times its length of the cluster's beginning are packed first,
+/// up to half of the cluster: if they do not get smaller than what has changed, all of the cluster hardly
+/// will, and most of the work of a scattered increment was to find that out.
 const BEGINNING: usize = 4;
 
 /// A [`LayerWriter`] that writes the file itself. See the [module](self).
@@ -154,7 +154,7 @@ impl NativeLayer {
         }
         let mut compressor = self.compressors.get(form, || self.file.is_aborted())?;
         let (most, beginning) = (index(plain - 1), index(plain) * BEGINNING);
-        if beginning < content.len() {
+        if beginning <= content.len() / 2 {
             let tried = compressor.pack(&content[..beginning], most).map_err(NativeError::Compress)?;
             if tried.is_none() {
                 return Ok(false);

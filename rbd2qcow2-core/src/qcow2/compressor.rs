@@ -48,8 +48,8 @@ impl Compressor {
         Ok(Self { codec, packed: vec![0; cluster_size] })
     }
 
-    /// Packs a whole cluster, or its beginning to see how it goes. `None` when that would take more than `most` bytes, which must be no
-    /// more than a cluster.
+    /// Packs a whole cluster, or its beginning to see how it goes. `None` when that would take more than
+    /// `most` bytes, which must be no more than a cluster.
     ///
     /// # Errors
     /// When the codec fails, for lack of memory most likely.

@@ -95,11 +95,8 @@ fn little_that_changed_is_stored_in_the_smaller_form() {
             let mut old = vec![0; 1 << 17];
             fill(&mut old, &[], cluster);
             let mut content = old.clone();
-            fill(
-                &mut content[81_920..86_016],
-                &[],
-                &if inside == around { Stretch::Text(9) } else { page.clone() },
-            );
+            let page = if inside == around { &Stretch::Text(9) } else { page };
+            fill(&mut content[81_920..86_016], &[], page);
             let directory = tempfile::tempdir().expect("a temporary directory");
             let below = spec_of(directory.path(), "below", old.len(), None, &form);
             write(&below, &old, None, form.block);
@@ -116,6 +113,31 @@ fn little_that_changed_is_stored_in_the_smaller_form() {
             check_with_our_reader(&[(spec.path, content), (below.path, old)]);
         }
     }
+}
+
+/// A cluster's beginning may pack badly, as long as there is hope for all of it.
+#[test]
+fn a_beginning_that_hardly_packs_is_no_reason_to_give_up() {
+    let form = Form {
+        cluster_bits: 17,
+        extended_l2: ExtendedL2::Auto,
+        compression: Compression::Zstd { level: None },
+        block: 4096,
+    };
+    // Of 4 KiB that change, 3 KiB are what the cluster takes when it is packed.
+    let mut old = vec![7; 1 << 17];
+    fill(&mut old[..3072], &[], &Stretch::Noise(1));
+    let mut content = old.clone();
+    content[81_920..86_016].fill(8);
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let below = spec_of(directory.path(), "below", old.len(), None, &form);
+    write(&below, &old, None, form.block);
+    let spec = spec_of(directory.path(), "layer", old.len(), Some("below".to_owned()), &form);
+    write(&spec, &content, Some(&old), form.block);
+    let layer = LayerReader::open(&spec.path).expect("a layer");
+    let held: Vec<_> = layer.map(0..1 << 17).expect("in range").map(Result::unwrap).collect();
+    assert_eq!(held, [(0..1 << 17, Piece::Compressed)]);
+    check_with_our_reader(&[(spec.path, content), (below.path, old)]);
 }
 
 /// Tables are written at the end: a disk that is full then is no matter of flushing.
