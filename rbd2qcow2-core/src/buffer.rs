@@ -286,6 +286,34 @@ mod tests {
         }
     }
 
+    /// Whether the kernel was asked for huge pages at an address of this process: proc_pid_smaps(5), `hg`.
+    fn asked_for_huge_pages(address: usize) -> bool {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").expect("Linux");
+        let mut within = false;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            let bounds = range.map(|(start, end)| [start, end].map(|hex| usize::from_str_radix(hex, 16)));
+            if let Some([Ok(start), Ok(end)]) = bounds {
+                within = (start..end).contains(&address);
+            } else if within && let Some(flags) = line.strip_prefix("VmFlags:") {
+                return flags.split(' ').any(|flag| flag == "hg");
+            }
+        }
+        panic!("{address:#x} is not mapped");
+    }
+
+    #[test]
+    fn large_buffers_ask_for_huge_pages_where_there_are_any() {
+        let pool = BufferPool::new(16 << 20);
+        let there_are = std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+        let buffer = pool.get(4 << 20, &Cancel::new()).expect("not cancelled");
+        for place in [0, HUGE_PAGE, buffer.len() - 1] {
+            assert_eq!(asked_for_huge_pages(buffer[place..].as_ptr().addr()), there_are, "at {place}");
+        }
+        let small = pool.get(64 << 10, &Cancel::new()).expect("not cancelled");
+        assert!(!asked_for_huge_pages(small.as_ptr().addr()));
+    }
+
     #[test]
     fn large_buffers_begin_with_a_huge_page_and_are_zeroes() {
         let pool = BufferPool::new(16 << 20);
