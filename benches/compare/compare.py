@@ -35,7 +35,12 @@ def measure(bench, workload, rounds, osds, checked):
                 print(f"  {number + 1} {contender.name}: FAILED: {error}", flush=True)
                 workload.cannot[contender.name] = f"failed: {str(error).splitlines()[-1]}"
                 del runs[contender.name]
-            bench.sh(contender.after or ":")
+            try:
+                bench.sh(contender.after or ":")
+            except Failed:
+                # What failed may have left nothing to undo.
+                if contender.name in runs:
+                    raise
     return runs
 
 
@@ -81,14 +86,13 @@ def main():
     if len(chosen) < len(set(arguments.workloads)):
         parser.error("no such workload")
     bench = Bench(os.path.realpath(arguments.program), os.path.realpath(arguments.floor),
-                  os.path.realpath(arguments.python), os.path.realpath(arguments.work))
+                  os.path.realpath(arguments.python), os.path.realpath(arguments.work),
+                  [part for part in arguments.only.split(",") if part])
     osds = Osds(os.environ["CEPH_CONF"])
     results = {"machine": machine(bench), "rounds": arguments.rounds, "workloads": []}
     for work in chosen:
         workload = work(bench)
-        words = [word for word in arguments.only.split(",") if word]
-        if words:
-            workload.contenders = [c for c in workload.contenders if any(word in c.name for word in words)]
+        workload.contenders = [contender for contender in workload.contenders if bench.wants(contender.name)]
         print(workload.title, flush=True)
         runs = measure(bench, workload, arguments.rounds, osds, not arguments.unchecked)
         results["workloads"].append({

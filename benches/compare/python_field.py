@@ -37,6 +37,12 @@ class Tool:
     since: str  # what is added to begin from `base`
     restore: str  # what was backed up at {snapshot}, to {scheme}{target}
     verify: str  # what was backed up at {snapshot}, without the image
+    find: str = ":"  # what the last three need first, for a backup of {image} at {snapshot}
+
+    @property
+    def verifier(self):
+        """What the tables call its verification."""
+        return " ".join(self.verify.split()[:2])
 
 
 TOOLS = [
@@ -48,23 +54,27 @@ TOOLS = [
     Tool("backy2", "backy2 initdb",
          "backy2 backup -s {snapshot} -r $WORK/out/hints {since} rbd://rbd/{image}@{snapshot} {image}",
          "-f $(cat $WORK/version)",
-         "backy2 restore --sparse $(cat $WORK/version) {scheme}://{target}", "backy2 scrub $(cat $WORK/version)"),
+         "backy2 restore --sparse $(cat $WORK/version) {scheme}://{target}", "backy2 scrub $(cat $WORK/version)",
+         "version {snapshot} {image}"),
 ]
 
 
 class PythonField:
-    """The tools that can be installed, configured for stores in the directory `out` of the bench's."""
+    """The tools that are wanted and can be installed, configured for stores in the directory `out` of the bench's."""
 
     def __init__(self, bench, contender):
         self.bench, self.contender = bench, contender
         self.tools = []
         # Of each tool its version, or why it is not there.
         self.found = {}
+        wanted = [tool for tool in TOOLS if bench.wants(tool.name) or bench.wants(tool.verifier)]
+        if not wanted:
+            return
         os.makedirs(bench.python, exist_ok=True)
         os.makedirs(f"{bench.work}/stores", exist_ok=True)
         told = subprocess.run([os.path.join(HERE, "install-python-peers"), bench.python, f"{bench.work}/out"],
                               check=True, capture_output=True, text=True).stdout
-        for tool in TOOLS:
+        for tool in wanted:
             words = self.found[tool.name] = re.search(rf"^{tool.name}: (.*)$", told, re.M).group(1)
             if words.startswith("not installable"):
                 continue
@@ -103,7 +113,7 @@ class PythonField:
 
     def from_base(self, tool, image):
         """What must be done before something that needs the backup of `base`."""
-        return f"store {tool.name} {self.based(tool)}" + (f"; version base {image}" if tool.name == "backy2" else "")
+        return f"store {tool.name} {self.based(tool)}; {tool.find.format(image=image, snapshot='base')}"
 
     def make(self, tool, image, since, before):
         """A backup, with what `since` adds."""
@@ -111,9 +121,7 @@ class PythonField:
         hints = ("--from-snap base " if since else "") + snapshot
         backup = tool.backup.format(image=image, snapshot="peer", since=since)
         restored = "$WORK/out/restored"
-        restore = tool.restore.format(image=image, snapshot="peer", scheme="file", target=restored)
-        if tool.name == "backy2":
-            restore = f"version peer {image}; {restore}"
+        restore = f"{tool.find}; {tool.restore}".format(image=image, snapshot="peer", scheme="file", target=restored)
         return self.contender(
             tool.name, f"rbd snap create --no-progress {snapshot} && hints {hints} && {backup} && sync -f $WORK/out",
             before=before, check=f"{restore} && qemu-img compare -q -f raw -F raw {restored} rbd:{snapshot}")
@@ -135,7 +143,7 @@ class PythonField:
     def verifies(self, image):
         """Verification of `base`."""
         return [
-            self.contender(" ".join(tool.verify.split()[:2]), tool.verify.format(image=image, snapshot="base"),
+            self.contender(tool.verifier, tool.verify.format(image=image, snapshot="base"),
                            before=self.from_base(tool, image) + "; cold")
             for tool in self.tools
         ]
