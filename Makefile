@@ -32,7 +32,7 @@ bench: ## Run the benchmarks, which need no Ceph
 	scripts/install-deps build test
 	cargo bench -p rbd2qcow2-benches
 
-compare: ## Measure side by side with other tools, on a disposable cluster (30 min)
+compare: ## Measure side by side with other tools, on a disposable cluster (1 h)
 	scripts/compare
 
 clean: ## Remove everything that was built
