@@ -78,9 +78,13 @@ digests. A damaged range is traced to each point that shows it. Points of the Py
 no digests: of them only the structure is known, and they are `unverifiable`. So is every point that
 builds upon them, or took over their data when they were pruned. Needs no cluster.
 
+A point is `suspect` when its files are as they were written, but a later backup found it, or one above
+it, to lack a change; such points read as well as ever, and may be wrong in places. With --source a
+point that is the same as its snapshot is `ok`.
+
 With --source points are also compared with the RBD snapshots that they were taken from, bit for bit:
 the proof that the backups lack nothing. Usually only the newest point of an image still has one.
-The exit status is 1 when anything is damaged.";
+The exit status is 1 when anything is damaged or suspect.";
 
 /// Back up Ceph RBD images into chains of qcow2 files.
 ///
@@ -222,6 +226,11 @@ pub struct BackupArgs {
     /// How changes are found
     #[arg(long, value_name = "MODE", default_value = "exact")]
     diff: DiffArg,
+    /// Pages of 4 KiB that an incremental backup reads where nothing is reported to have changed, others
+    /// each time, and compares with the chain: where one differs, no backup is made, and the next one
+    /// compares the whole image; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    prove: u32,
     /// Make a full backup even where an incremental one is possible
     #[arg(long)]
     full: bool,
@@ -390,6 +399,7 @@ impl BackupArgs {
             DiffArg::Scan => DiffMode::Scan,
             DiffArg::Fast => DiffMode::Fast,
         };
+        options.prove = usize::try_from(self.prove).unwrap_or(usize::MAX);
         options.full = self.full;
         options.keep_snapshots = self.keep_snapshots.into();
         options.rate_limit = self.rate_limit;

@@ -2,26 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 
 use crate::chain::manifest::{CloneParent, Features, Record};
-use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
+use crate::chain::names::{ChainId, ImageName, NameError, PointName, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
-use crate::copy::{self, Copy, CopyError};
+use crate::copy::{self, CopyError};
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
 use crate::options::{BackupOptions, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
+use crate::prove::ProveError;
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
 use crate::restore::image::{INCOMPLETE_KEY, describe_incomplete};
 use crate::source::librbd::LibrbdSource;
 use crate::turns::Turns;
 
+mod changes;
 mod plan;
 mod snapshots;
 
@@ -60,8 +62,28 @@ pub enum BackupError {
         /// The image and point that it was going to be.
         of: String,
     },
-    /// A new chain's id could not be drawn.
-    #[error("cannot get random numbers for the id of a new chain")]
+    /// Whether changes were lost could not be found out.
+    #[error("cannot prove that nothing but what is reported has changed")]
+    Prove(#[source] ProveError),
+    /// Changes were lost.
+    #[error(
+        "a change was lost: byte {offset} of the image is not what point {point} holds, and nothing is reported to \
+         have changed there since its snapshot ({differing} of {looked_at} pages that were looked at differ). Either \
+         that point, or one before it, lacks a change, or its snapshot was written to after it was read. No new point \
+         was made; the chain up to {point} is marked suspect, and the next backup compares the whole image with it"
+    )]
+    ChangeLost {
+        /// The point that was to be built upon.
+        point: PointName,
+        /// First byte of the first page that differs.
+        offset: u64,
+        /// How many pages differ.
+        differing: u64,
+        /// How many were looked at.
+        looked_at: u64,
+    },
+    /// Random numbers could not be had.
+    #[error("cannot get random numbers")]
     Random(#[source] std::io::Error),
     /// The snapshot that was just taken, or its base, is not listed any more: somebody removed it.
     #[error("snapshot {snapshot:?} disappeared during the backup; is something else removing snapshots?")]
@@ -185,7 +207,7 @@ impl Backup<'_> {
             chain.begin(LayerPlan { point: snapshot.point, parent: plan.parent(), cluster_size })?;
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
-        report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
+        self.copy(&source, &*layer, &plan, &chain, &pending, &stop, report)?;
         copy::finish(&*layer, self.cancel)?;
 
         self.stage(Stage::Commit);
@@ -264,30 +286,6 @@ impl Backup<'_> {
                 Box::new(QemuNbdLayer::create(&spec, options)?)
             }
         })
-    }
-
-    fn copy(
-        &self,
-        source: &LibrbdSource,
-        layer: &dyn LayerWriter,
-        plan: &Plan,
-        pending: &PendingLayer<'_>,
-        stop: &Cancel,
-        progress: &Progress,
-    ) -> Result<Duration, BackupError> {
-        let copy = Copy {
-            source,
-            layer,
-            root: plan.parent().is_none(),
-            digests: Some(pending.digests()),
-            buffers: self.buffers,
-            rate_limit: self.rate_limit,
-            parallel: self.options.parallel,
-            progress,
-            cancel: self.cancel,
-            stop,
-        };
-        Ok(copy.run()?)
     }
 }
 

@@ -42,6 +42,7 @@ pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
+pub mod prove;
 pub mod prune;
 pub mod qcow2;
 pub mod rate;

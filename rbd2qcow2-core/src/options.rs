@@ -69,6 +69,9 @@ pub struct BackupOptions {
     pub extended_l2: ExtendedL2,
     /// How changes are found.
     pub diff: DiffMode,
+    /// Pages of 4 KiB that an incremental backup reads where nothing is reported to have changed, and holds
+    /// against the chain; 0 believes what is reported.
+    pub prove: usize,
     /// Makes a root even where an incremental backup is possible.
     pub full: bool,
     /// Snapshots of the chain that stay in the cluster after a backup, at least 1: the next
@@ -100,6 +103,7 @@ impl Default for BackupOptions {
             cluster_size: None,
             extended_l2: ExtendedL2::Auto,
             diff: DiffMode::Exact,
+            prove: 64,
             full: false,
             keep_snapshots: 1,
             rate_limit: None,

@@ -71,7 +71,12 @@ impl Backup<'_> {
             return Ok(Plan::full(Some(reason)));
         }
         Ok(match self.base_of(newest, &head.info()?, &head.snapshots()?) {
-            Ok(snapshot) => Plan { base: Some(Base { point: newest.clone(), snapshot }), reason: None },
+            Ok(snapshot) => match catalogue.suspicion(newest) {
+                Some(suspicion) => {
+                    Plan::full(Some(format!("the chain is suspect: {}", suspicion.describe())))
+                }
+                None => Plan { base: Some(Base { point: newest.clone(), snapshot }), reason: None },
+            },
             Err(reason) => Plan::full(Some(reason)),
         })
     }

@@ -129,8 +129,9 @@ impl LibrbdSource {
         self.fallback
     }
 
-    /// What librbd iterates over at a time: an object, or a set of objects that share stripes.
-    fn period(&self) -> u64 {
+    /// What librbd iterates over at a time, in bytes: an object, or a set of objects that share stripes.
+    #[must_use]
+    pub fn period(&self) -> u64 {
         self.info.object_size.saturating_mul(self.info.stripe_count.max(1))
     }
 
