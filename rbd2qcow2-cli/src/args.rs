@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2};
-use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
+use rbd2qcow2_core::options::{BackupOptions, BaseGone, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
@@ -231,6 +231,9 @@ pub struct BackupArgs {
     /// compares the whole image; 0 for none
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     prove: u32,
+    /// What to do where the snapshot of the last backup is gone from the cluster, or was made again
+    #[arg(long, value_name = "ACTION", default_value = "full")]
+    when_base_is_gone: BaseGoneArg,
     /// Make a full backup even where an incremental one is possible
     #[arg(long)]
     full: bool,
@@ -275,6 +278,18 @@ enum DiffArg {
     /// Believe the object maps. MISSES CHANGES after a rollback to a snapshot, after an image was
     /// shrunk and grown again, and wherever a client wrote a wrong object map
     Fast,
+    /// Believe nothing: read the whole image, compare it with the chain, and store what differs. Needs no
+    /// snapshot of the last backup; reads as much as a full backup
+    Compare,
+}
+
+/// What to do without the base snapshot, as the command line names it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BaseGoneArg {
+    /// Begin a new chain with a full backup
+    Full,
+    /// Compare the whole image with the newest backup, store what differs, and go on with the chain
+    Compare,
 }
 
 /// The arguments of `list`.
@@ -398,6 +413,11 @@ impl BackupArgs {
             DiffArg::Exact => DiffMode::Exact,
             DiffArg::Scan => DiffMode::Scan,
             DiffArg::Fast => DiffMode::Fast,
+            DiffArg::Compare => DiffMode::Compare,
+        };
+        options.when_base_is_gone = match self.when_base_is_gone {
+            BaseGoneArg::Full => BaseGone::Full,
+            BaseGoneArg::Compare => BaseGone::Compare,
         };
         options.prove = usize::try_from(self.prove).unwrap_or(usize::MAX);
         options.full = self.full;

@@ -11,10 +11,11 @@ use crate::chain::manifest::{CloneParent, Features, Record};
 use crate::chain::names::{ChainId, ImageName, NameError, PointName, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
 use crate::copy::{self, CopyError};
+use crate::error::Causes;
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
-use crate::options::{BackupOptions, Writer};
+use crate::options::{BackupOptions, DiffMode, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::prove::ProveError;
 use crate::rate::RateLimit;
@@ -213,7 +214,11 @@ impl Backup<'_> {
         self.stage(Stage::Commit);
         drop(turn);
         let taken = self.still_there(&pool, &plan, &source, snapshot)?;
-        let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
+        let mut record =
+            self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
+        if plan.compares() {
+            DiffMode::Compare.as_str().clone_into(&mut record.diff_mode);
+        }
         if self.cancel.is_set() {
             return Err(BackupError::Cancelled);
         }
@@ -224,6 +229,15 @@ impl Backup<'_> {
             }
         })?;
         new_snapshot.keep();
+        if plan.compares()
+            && let Err(error) = chain.settle_suspicions()
+        {
+            log::warn!(
+                "{}: {}; the point is safe, the next backup compares again",
+                self.image,
+                Causes(&error)
+            );
+        }
         report.file = Some(committed.path);
         report.layer_bytes = committed.layer_bytes;
         report.data_bytes = report.progress.data.get();

@@ -45,6 +45,7 @@ pub mod progress;
 pub mod prove;
 pub mod prune;
 pub mod qcow2;
+mod ranges;
 pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;

@@ -25,12 +25,11 @@ use crate::extent::{Extent, align_down, align_up};
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
 use crate::qcow2::layer::Piece;
+use crate::ranges::{intersection, remainder, widened};
 use crate::source::{RbdDiffSource, SourceError};
 
-mod ranges;
 mod sampler;
 
-use ranges::{intersection, remainder, widened};
 use sampler::{PAGE, PAGE_BYTES, Random, Sampler, gaps};
 
 /// Bytes of an image of which the chain's tables are looked at.

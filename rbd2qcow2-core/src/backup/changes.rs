@@ -1,10 +1,13 @@
-//! Finding and copying what changed: what is reported is proved.
+//! Finding and copying what changed: what is reported is proved, or nothing is asked and all is compared.
+
+use std::time::Duration;
 
 use crate::cancel::Cancel;
-use crate::chain::{ChainError, ChainWriter, Doubt, PendingLayer, Point};
+use crate::chain::{ChainError, ChainWriter, Doubt, PendingLayer, Point, Problem};
+use crate::compare::{OnlyChanged, Whole};
 use crate::copy::Copy;
 use crate::error::Causes;
-use crate::layer::LayerWriter;
+use crate::layer::{LayerWriter, SECTOR};
 use crate::options::DiffMode;
 use crate::progress::ImageReport;
 use crate::prove::{ProveError, Watched, Weigh};
@@ -15,7 +18,8 @@ use crate::source::librbd::LibrbdSource;
 use super::{Backup, BackupError, Plan};
 
 impl Backup<'_> {
-    /// Copies what changed, and proves by samples that nothing else has. The layer has yet to be finished.
+    /// Copies what changed: either what is reported, and proves by samples that nothing else has; or what is
+    /// found to differ from the chain. The layer has yet to be finished.
     #[allow(clippy::too_many_arguments, reason = "all that takes part in a copy")]
     pub(super) fn copy(
         &self,
@@ -40,10 +44,18 @@ impl Backup<'_> {
             cancel: self.cancel,
             stop,
         };
-        let Some(parent) = plan.parent().filter(|_| self.options.prove > 0) else {
+        let Some(parent) = plan.parent() else {
             report.diff_time = copy.run()?;
             return Ok(());
         };
+        if plan.compares() {
+            report.diff_time = self.copy_differences(&copy, chain, pending, parent)?;
+            return Ok(());
+        }
+        if self.options.prove == 0 {
+            report.diff_time = copy.run()?;
+            return Ok(());
+        }
         let below = self.open_chain(chain, parent)?;
         let weigh = match source.mode() {
             DiffMode::Exact => Weigh::Nothing,
@@ -74,13 +86,33 @@ impl Backup<'_> {
         })
     }
 
+    /// Compares all that the source, which is compared with nothing, and the chain hold, and copies what
+    /// differs.
+    fn copy_differences(
+        &self,
+        copy: &Copy<'_>,
+        chain: &ChainWriter,
+        pending: &PendingLayer<'_>,
+        parent: &Point,
+    ) -> Result<Duration, BackupError> {
+        let below = self.open_chain(chain, parent)?;
+        let points =
+            chain.catalogue().ancestry(parent.name).map_err(|cause| unsound(chain, parent, cause))?;
+        let whole = Whole::new(copy.source, &below);
+        let path = pending.layer_path().to_owned();
+        let virtual_size = copy.source.size().next_multiple_of(SECTOR);
+        let changed = OnlyChanged::new(copy.layer, path, virtual_size, &below, &points, copy.stop);
+        Copy { source: &whole, layer: &changed, ..*copy }.run().map_err(|error| {
+            if read_error(&error).is_some_and(ReadError::is_damage) {
+                self.mark(chain, parent, Doubt::Unreadable, &[]);
+            }
+            error.into()
+        })
+    }
+
     /// Opens the layers of the point that is built upon.
     fn open_chain(&self, chain: &ChainWriter, parent: &Point) -> Result<ChainReader, BackupError> {
-        let paths = chain.catalogue().layers(parent.name).map_err(|cause| ChainError::ParentUnsound {
-            path: chain.directory().to_owned(),
-            point: parent.name,
-            cause: cause.into(),
-        })?;
+        let paths = chain.catalogue().layers(parent.name).map_err(|cause| unsound(chain, parent, cause))?;
         ChainReader::open(&paths).map_err(|cause| self.unreadable(chain, parent, cause))
     }
 
@@ -103,6 +135,16 @@ impl Backup<'_> {
             );
         }
     }
+}
+
+fn unsound(chain: &ChainWriter, parent: &Point, cause: Problem) -> ChainError {
+    ChainError::ParentUnsound { path: chain.directory().to_owned(), point: parent.name, cause: cause.into() }
+}
+
+/// The fault of a layer among the causes of an error.
+fn read_error<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a ReadError> {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.find_map(|cause| cause.downcast_ref())
 }
 
 /// A number that nobody can tell beforehand.

@@ -3,30 +3,67 @@
 use super::{Backup, BackupError};
 use crate::chain::catalogue::{Catalogue, Point, PointKind};
 use crate::chain::names::{ChainId, ImageName, PointName};
-use crate::chain::{ChainError, image_directory};
+use crate::chain::{ChainError, Doubt, image_directory};
 use crate::error::Causes;
 use crate::layer::SECTOR;
+use crate::options::{BaseGone, DiffMode};
 use crate::progress::{ImageReport, Status};
 use crate::rbd::{Granularity, Image, ImageInfo, Snapshot};
 
-/// What a backup will be. Incremental only when the base is beyond doubt.
+/// What a backup will be. Incremental only when the base is beyond doubt, or is compared with.
 #[derive(Clone, Debug)]
 pub struct Plan {
     base: Option<Base>,
-    /// Why the backup is full where it need not be.
+    /// Why the backup is full where it need not be, or compares the whole image where it need not.
     reason: Option<String>,
 }
 
 #[derive(Clone, Debug)]
 struct Base {
     point: Point,
-    /// The RBD snapshot that the point was taken from.
-    snapshot: Snapshot,
+    /// The RBD snapshot that the point was taken from, where what changed since is asked for; `None` where
+    /// the whole image is compared with the point.
+    snapshot: Option<Snapshot>,
+}
+
+/// Why a point is not to be built upon by asking what changed since.
+enum Gone {
+    /// Its snapshot is not there any more. Everything else is as it was.
+    Snapshot(String),
+    /// It may be the point of something else.
+    Doubt(String),
 }
 
 impl Plan {
     fn full(reason: Option<String>) -> Self {
         Self { base: None, reason }
+    }
+
+    fn upon(point: &Point, snapshot: Snapshot) -> Self {
+        Self { base: Some(Base { point: point.clone(), snapshot: Some(snapshot) }), reason: None }
+    }
+
+    /// Builds upon `point`, and finds out what changed by comparing the whole image with it. `reason` tells
+    /// why, where nobody asked for that.
+    fn comparing(point: &Point, reason: Option<String>) -> Self {
+        Self { base: Some(Base { point: point.clone(), snapshot: None }), reason }
+    }
+
+    /// The same, but that nothing is asked of the cluster about what changed: the whole image is compared with
+    /// the point that is built upon, because of `reason`. A root stays one.
+    #[must_use]
+    pub fn by_comparison(mut self, reason: String) -> Self {
+        if let Some(base) = &mut self.base {
+            base.snapshot = None;
+            self.reason = Some(reason);
+        }
+        self
+    }
+
+    /// Whether the whole image is compared with the point that is built upon.
+    #[must_use]
+    pub fn compares(&self) -> bool {
+        self.base.as_ref().is_some_and(|base| base.snapshot.is_none())
     }
 
     /// The point that the new one builds upon; `None` for a root.
@@ -35,10 +72,11 @@ impl Plan {
         self.base.as_ref().map(|base| &base.point)
     }
 
-    /// The snapshot that the new one is compared with; `None` for a root.
+    /// The snapshot that the new one is compared with; `None` for a root, and where the whole image is
+    /// compared with the point.
     #[must_use]
     pub fn base_snapshot(&self) -> Option<&str> {
-        self.base.as_ref().map(|base| base.snapshot.name.as_str())
+        self.base_listed().map(|snapshot| snapshot.name.as_str())
     }
 
     /// The chain that goes on; `None` when one begins (also on top of the Python tool's points).
@@ -49,7 +87,7 @@ impl Plan {
 
     /// The snapshot that the new one is compared with, as it was listed when that was decided.
     pub(super) fn base_listed(&self) -> Option<&Snapshot> {
-        self.base.as_ref().map(|base| &base.snapshot)
+        self.base.as_ref()?.snapshot.as_ref()
     }
 
     pub(super) fn tell(&self, report: &mut ImageReport) {
@@ -70,45 +108,57 @@ impl Backup<'_> {
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }
-        Ok(match self.base_of(newest, &head.info()?, &head.snapshots()?) {
-            Ok(snapshot) => match catalogue.suspicion(newest) {
-                Some(suspicion) => {
-                    Plan::full(Some(format!("the chain is suspect: {}", suspicion.describe())))
-                }
-                None => Plan { base: Some(Base { point: newest.clone(), snapshot }), reason: None },
-            },
-            Err(reason) => Plan::full(Some(reason)),
+        let suspicion = catalogue.suspicion(newest);
+        if let Some(suspicion) = suspicion.filter(|suspicion| suspicion.doubt == Doubt::Unreadable) {
+            return Ok(Plan::full(Some(format!("the chain cannot be read: {}", suspicion.describe()))));
+        }
+        let asked = self.options.diff == DiffMode::Compare;
+        let may_compare = asked || self.options.when_base_is_gone == BaseGone::Compare;
+        Ok(match (self.base_of(newest, &head.info()?, &head.snapshots()?), suspicion) {
+            (Err(Gone::Snapshot(reason)), _) if may_compare => Plan::comparing(newest, Some(reason)),
+            (Err(Gone::Snapshot(reason) | Gone::Doubt(reason)), _) => Plan::full(Some(reason)),
+            (Ok(_), Some(suspicion)) => {
+                let reason = format!(
+                    "compared with the whole image, as the chain is suspect: {}",
+                    suspicion.describe()
+                );
+                Plan::comparing(newest, Some(reason))
+            }
+            (Ok(_), None) if asked => Plan::comparing(newest, None),
+            (Ok(snapshot), None) => Plan::upon(newest, snapshot),
         })
     }
 
     /// The snapshot that `point` was taken from, or why that is in doubt.
-    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<Snapshot, String> {
+    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<Snapshot, Gone> {
         let find = |name: &str| {
             let found = snapshots.iter().find(|snapshot| snapshot.name == name);
             found.ok_or_else(|| format!("the base snapshot {name:?} is gone from the cluster"))
         };
         let Some(manifest) = &point.manifest else {
             if !point.name.is_python() {
-                return Err(format!("the manifest of {} is missing or damaged", point.path.display()));
+                let text = format!("the manifest of {} is missing or damaged", point.path.display());
+                return Err(Gone::Doubt(text));
             }
-            return python_base(point, find);
+            // Nothing but the snapshot tells that the image is the same.
+            return python_base(point, find).map_err(Gone::Doubt);
         };
         let record = &manifest.record;
         let same = |what: &str, then: &str, now: &str| match then == now {
             true => Ok(()),
             false => Err(format!("{what} is {now:?}, and was {then:?} at the last point")),
         };
-        same("the cluster's fsid", &record.fsid, self.fsid)?;
-        same("the pool", &record.pool, self.pool_name)?;
-        same("the namespace", &record.namespace, self.namespace)?;
+        same("the cluster's fsid", &record.fsid, self.fsid).map_err(Gone::Doubt)?;
+        same("the pool", &record.pool, self.pool_name).map_err(Gone::Doubt)?;
+        same("the namespace", &record.namespace, self.namespace).map_err(Gone::Doubt)?;
         same("the image's id", &record.image_id, &image.id)
-            .map_err(|different| format!("the image was deleted and made again: {different}"))?;
-        let snapshot = find(&record.snapshot)?;
+            .map_err(|different| Gone::Doubt(format!("the image was deleted and made again: {different}")))?;
+        let snapshot = find(&record.snapshot).map_err(Gone::Snapshot)?;
         if snapshot.id != record.snapshot_id {
-            return Err(format!(
+            return Err(Gone::Snapshot(format!(
                 "the base snapshot {:?} was deleted and made again: its id is {}, and was {}",
                 snapshot.name, snapshot.id, record.snapshot_id
-            ));
+            )));
         }
         Ok(snapshot.clone())
     }

@@ -56,6 +56,8 @@ impl LibrbdSource {
     /// Opens `snapshot` of an image, to be compared with the older snapshot `base`, or with nothing
     /// for a full backup. Blocks.
     ///
+    /// [`DiffMode::Compare`], which is no business of librbd, counts as [`DiffMode::Exact`].
+    ///
     /// Where the object maps that `mode` needs are absent or invalid, it becomes [`DiffMode::Scan`];
     /// see [`fallback`](Self::fallback).
     ///
@@ -81,6 +83,7 @@ impl LibrbdSource {
             Some(base) => suspect_from(&handle, &info, snapshot, base)?,
             None => info.size,
         };
+        let mode = if mode == DiffMode::Compare { DiffMode::Exact } else { mode };
         let fallback = match mode {
             DiffMode::Scan => None,
             _ if !info.object_map_valid => Some("the snapshot has no valid object map"),
@@ -149,8 +152,10 @@ impl LibrbdSource {
                 Ok(window)
             }
             (DiffMode::Fast, Some(base)) => window.mark_listed(&self.image, Some(&base.name), range),
-            (DiffMode::Fast | DiffMode::Exact, None) => window.mark_listed(&self.image, None, range),
-            (DiffMode::Exact, Some(base)) => {
+            (DiffMode::Fast | DiffMode::Exact | DiffMode::Compare, None) => {
+                window.mark_listed(&self.image, None, range)
+            }
+            (DiffMode::Exact | DiffMode::Compare, Some(base)) => {
                 let window = window.mark_listed(&self.image, None, range.clone())?;
                 window.mark_listed(&base.image, None, range.start..range.end.min(base.info.size))
             }

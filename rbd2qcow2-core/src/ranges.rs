@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 /// What two lists have in common.
-pub(super) fn intersection(some: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn intersection(some: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
     let (mut some, mut others) = (some.iter().peekable(), others.iter().peekable());
     let mut common = Vec::new();
     while let (Some(one), Some(other)) = (some.peek(), others.peek()) {
@@ -17,7 +17,7 @@ pub(super) fn intersection(some: &[Range<u64>], others: &[Range<u64>]) -> Vec<Ra
 }
 
 /// What is in `all` and not in `others`.
-pub(super) fn remainder(all: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
+pub(crate) fn remainder(all: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut gaps = Vec::with_capacity(others.len() + 1);
     let mut end = 0;
     for other in others {
@@ -29,7 +29,7 @@ pub(super) fn remainder(all: &[Range<u64>], others: &[Range<u64>]) -> Vec<Range<
 }
 
 /// Ranges that ascend, and may overlap, made wider to multiples of `unit` and joined.
-pub(super) fn widened(ranges: impl Iterator<Item = Range<u64>>, unit: u64) -> Vec<Range<u64>> {
+pub(crate) fn widened(ranges: impl Iterator<Item = Range<u64>>, unit: u64) -> Vec<Range<u64>> {
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
         let wide = range.start / unit * unit..range.end.div_ceil(unit).saturating_mul(unit);
@@ -42,6 +42,7 @@ pub(super) fn widened(ranges: impl Iterator<Item = Range<u64>>, unit: u64) -> Ve
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one range")]
 mod tests {
     use proptest::prelude::*;
 
