@@ -57,6 +57,8 @@ fn a_change_that_was_lost_is_found_and_mended() {
         assert!(error.contains(&first.point), "{error}");
         assert_eq!(store.snapshot_names(&spec), before, "its snapshot is gone again");
         assert_eq!(suspects(&store, &spec), [true]);
+        // The note stays.
+        store.freeze(&spec, &[]);
         // What was lost, and what was written since.
         let second = store.back_up(&spec);
         assert_compared(&second, &first, Some("suspect"));
