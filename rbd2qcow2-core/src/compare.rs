@@ -8,7 +8,9 @@ use crate::extent::{Extent, ExtentKind, is_zero};
 use crate::layer::Patch;
 use crate::source::{RbdDiffSource, SourceError};
 
+#[cfg(any(feature = "rbd", test))]
 mod changed;
+#[cfg(any(feature = "rbd", test))]
 mod whole;
 
 #[cfg(feature = "rbd")]

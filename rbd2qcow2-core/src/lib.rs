@@ -42,9 +42,11 @@ pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
+#[cfg(any(feature = "rbd", test))]
 pub mod prove;
 pub mod prune;
 pub mod qcow2;
+#[cfg(any(feature = "rbd", test))]
 mod ranges;
 pub mod rate;
 #[cfg(feature = "rbd")]

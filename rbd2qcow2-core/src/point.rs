@@ -66,6 +66,9 @@ impl OpenPoint {
             })?,
         };
         let name = found.name;
+        if let Some(suspicion) = catalogue.suspicion(found) {
+            log::warn!("{image}@{name} is suspect: {}", suspicion.describe());
+        }
         let chain = open_chain(&catalogue, name)?;
         let size = size(found, &chain);
         Ok(Self { name, chain, size, catalogue, _lock: lock })

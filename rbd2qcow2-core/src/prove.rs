@@ -3,9 +3,8 @@
 //! What changed is what somebody says, be it a cluster or an embedder's source. A change that is not told is
 //! lost for good: the next comparison begins where this one ends. So while an increment is copied some pages
 //! are chosen of all that was *not* reported, others every time ([`Watched`]), and in the end they are read and
-//! held against what the chain below holds ([`Watched::prove`]). 64 pages do not find every lost change in one
-//! night, but whoever loses a hundredth of an image is found in two nights, nearly for sure, and never builds
-//! on that unnoticed for long.
+//! held against what the chain below holds ([`Watched::prove`]). 64 pages find
+//! every second time that a hundredth of an image is lost, and as the loss stays, within a week nearly for sure.
 //!
 //! # Which pages
 //! Where a source compares only what exists ([`Weigh::Nothing`]), every page of that is as good as any other.

@@ -54,7 +54,7 @@ fn defaults_are_those_of_the_library() {
 fn every_option_of_backup_arrives() {
     let run = run_of(
         "backup rbd/ns /backups a b --exclude x* --exclude y* -j 2 -p 256 --writer qemu-nbd \
-         --compression zstd --cluster-size 128K --no-extended-l2 --diff scan --full --keep-snapshots 3 --rate-limit 10M \
+         --compression zstd --cluster-size 128K --no-extended-l2 --diff scan --prove 7 --when-base-is-gone compare --full --keep-snapshots 3 --rate-limit 10M \
          --dry-run --timeout 7 --qemu-img /q/img --qemu-nbd /q/nbd",
     );
     assert_eq!((run.pool.as_str(), run.namespace.as_str()), ("rbd", "ns"));
@@ -67,6 +67,7 @@ fn every_option_of_backup_arrives() {
     assert_eq!(options.compression, Compression::Zstd { level: None });
     assert_eq!(options.cluster_size, Some(131_072));
     assert_eq!(options.diff, DiffMode::Scan);
+    assert_eq!((options.prove, options.when_base_is_gone), (7, BaseGone::Compare));
     assert!(options.full && options.dry_run);
     assert_eq!(options.keep_snapshots, 3);
     assert_eq!(options.rate_limit, Some(10 << 20));

@@ -1,6 +1,6 @@
 //! Finding and copying what changed: what is reported is proved, or nothing is asked and all is compared.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::cancel::Cancel;
 use crate::chain::{ChainError, ChainWriter, Doubt, PendingLayer, Point, Problem};
@@ -71,11 +71,13 @@ impl Backup<'_> {
             random().map_err(BackupError::Random)?,
         );
         report.diff_time = Copy { source: &watched, ..copy }.run()?;
+        let asked = Instant::now();
         let proof = watched.prove(stop).map_err(|error| match error {
             ProveError::Cancelled => BackupError::Cancelled,
             ProveError::Chain(cause) => self.unreadable(chain, parent, cause),
             error => BackupError::Prove(error),
         })?;
+        log::debug!("{}: {} pages were looked at in {:?}", self.image, proof.looked_at, asked.elapsed());
         report.proved_bytes = proof.bytes;
         let Some(&offset) = proof.differing.first() else { return Ok(()) };
         // What was read may be what is wrong, and not the chain.

@@ -29,9 +29,11 @@ use super::durable;
 use super::error::ChainError;
 
 pub(crate) mod combine;
+#[cfg(any(feature = "rbd", test))]
 mod index;
 mod reader;
 
+#[cfg(any(feature = "rbd", test))]
 pub(crate) use index::DigestIndex;
 pub use reader::DigestReader;
 

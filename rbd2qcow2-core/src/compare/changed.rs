@@ -2,9 +2,8 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Comparison;
 use crate::buffer::BufferPool;
@@ -68,7 +67,7 @@ enum Digests {
     /// They have not been asked for.
     Closed(PathBuf, DigestsInfo),
     /// They are what the manifest says.
-    Open(std::sync::Arc<DigestIndex>),
+    Open(Arc<DigestIndex>),
     /// There are none, or they are not beyond doubt, or too many are open.
     None,
 }
@@ -87,7 +86,7 @@ impl<'a> OnlyChanged<'a> {
         let digests = |point: &&Point| match &point.manifest {
             // A layer that has a base below may hold things that its digests do not tell of.
             Some(manifest) if point.base.is_none() => {
-                Digests::Closed(point.digests.clone(), manifest.digests.clone())
+                Digests::Closed(point.digests.clone(), manifest.digests)
             }
             _ => Digests::None,
         };
@@ -188,7 +187,7 @@ impl<'a> OnlyChanged<'a> {
         }
     }
 
-    fn digests(&self, layer: usize) -> Option<std::sync::Arc<DigestIndex>> {
+    fn digests(&self, layer: usize) -> Option<Arc<DigestIndex>> {
         // What the Python tool's chains begin with is no point's.
         let mut digests = self.digests.get(layer)?.lock().unwrap_or_else(PoisonError::into_inner);
         if let Digests::Closed(path, info) = &*digests {
@@ -200,7 +199,7 @@ impl<'a> OnlyChanged<'a> {
             *digests = opened.and_then(Result::ok).map_or(Digests::None, |index| Digests::Open(index.into()));
         }
         match &*digests {
-            Digests::Open(index) => Some(std::sync::Arc::clone(index)),
+            Digests::Open(index) => Some(Arc::clone(index)),
             Digests::Closed(..) | Digests::None => None,
         }
     }

@@ -177,4 +177,5 @@ impl<'a> Iterator for Segments<'a> {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one range")]
 mod tests;

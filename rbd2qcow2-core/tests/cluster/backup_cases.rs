@@ -4,6 +4,7 @@ pub mod bases;
 mod changes;
 mod damage;
 mod images;
+mod lost_changes;
 mod runs;
 
 use crate::driver::{FULL_FEATURES, Layout};

@@ -7,6 +7,7 @@ its parent dies. `driver.rs` is the other side and says what each command means.
 Images stay open for writing between commands, as a virtual machine holds them, until "close".
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -245,6 +246,33 @@ class Driver:
             image.diff_iterate(0, image.size(), snapshot, lambda *extent: found.append(extent[:2]),
                                include_parent=False, whole_object=False)
         return found
+
+    def do_write_late(self, spec, snapshot, objects):
+        """Fills objects as a client does that has not heard of the image's snapshots."""
+        with self.at(spec, snapshot) as image:
+            prefix, size = image.block_name_prefix(), image.stat()["obj_size"]
+        librados = ctypes.CDLL("librados.so.2")
+        cluster, ioctx = ctypes.c_void_p(), ctypes.c_void_p()
+
+        def call(name, *arguments):
+            code = getattr(librados, "rados_" + name)(*arguments)
+            if code is not None and code < 0:
+                raise OSError(-code, name)
+
+        call("create2", ctypes.byref(cluster), b"ceph", b"client.admin", ctypes.c_uint64(0))
+        try:
+            call("conf_read_file", cluster, self.conf.encode())
+            call("connect", cluster)
+            call("ioctx_create", cluster, spec["pool"].encode(), ctypes.byref(ioctx))
+            librados.rados_ioctx_set_namespace(ioctx, spec["namespace"].encode())
+            call("ioctx_selfmanaged_snap_set_write_ctx", ioctx, ctypes.c_uint64(0), None, 0)
+            for number in objects:
+                data = random.Random(number).randbytes(size)
+                call("write", ioctx, b"%s.%016x" % (prefix.encode(), number), data, ctypes.c_size_t(size),
+                     ctypes.c_uint64(0))
+            librados.rados_ioctx_destroy(ioctx)
+        finally:
+            librados.rados_shutdown(cluster)
 
     # --- Snapshots
 

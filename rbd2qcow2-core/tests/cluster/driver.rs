@@ -468,6 +468,13 @@ impl Driver {
         self.look("snaps", json!({ "spec": spec }))
     }
 
+    /// Fills whole objects with noise, past librbd, as a client does that has not heard of any snapshot: where
+    /// an object was not written since the last one, that changes, too.
+    pub fn write_late(&self, spec: &Spec, snapshot: &str, objects: std::ops::Range<u64>) -> Result<()> {
+        let objects: Vec<_> = objects.collect();
+        self.act("write_late", json!({ "spec": spec, "snapshot": snapshot, "objects": objects }))
+    }
+
     /// Makes the head what it was at the snapshot, its size included.
     pub fn rollback(&self, spec: &Spec, snapshot: &str) -> Result<()> {
         self.act("rollback", json!({ "spec": spec, "snapshot": snapshot }))
