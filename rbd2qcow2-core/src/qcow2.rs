@@ -21,6 +21,8 @@ pub mod error;
 pub mod file;
 pub mod header;
 pub mod layer;
+mod pages;
+mod recent;
 pub mod refcount;
 pub mod table;
 #[cfg(test)]

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::error::ReadError;
 use super::layer::{LayerReader, Piece, Pieces, Unpacked};
+use super::pages::{CHAIN_BYTES, LAYER_BYTES, PageCache};
 use super::table::GuestOffset;
 
 /// The layers of one restore point, open for reading. Can be shared by threads, which read in
@@ -14,13 +16,16 @@ use super::table::GuestOffset;
 /// build upon each other as given. The structure of a layer as a whole is looked at by
 /// [`check`](super::check::check), one layer at a time.
 ///
-/// Each layer has its own caches (see [`LayerReader`]), so memory grows with the number of layers:
-/// some 4 MiB for each, at most.
+/// Takes at most 4 MiB for each layer's tables, and 32 MiB for those of all layers, however many there are; and
+/// for each iterator, up to 1 MiB.
 #[derive(Debug)]
 pub struct ChainReader {
     /// The newest first; never empty.
     layers: Vec<LayerReader>,
 }
+
+/// How many layers an iterator holds a page of a table of.
+const PAGES_HELD: usize = 64;
 
 /// A range of the guest's image, and who holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,7 +70,7 @@ impl ChainReader {
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn from_layers(layers: Vec<LayerReader>) -> Result<Self, ReadError> {
+    pub fn from_layers(mut layers: Vec<LayerReader>) -> Result<Self, ReadError> {
         for (index, layer) in layers.iter().enumerate() {
             let named = layer.header().chain_backing();
             let named = named.map_err(|cause| ReadError::Header { path: layer.path().to_owned(), cause })?;
@@ -79,7 +84,14 @@ impl ChainReader {
                 });
             }
         }
-        if layers.is_empty() { Err(ReadError::NoLayers) } else { Ok(Self { layers }) }
+        if layers.is_empty() {
+            return Err(ReadError::NoLayers);
+        }
+        let cache = Arc::new(PageCache::new(CHAIN_BYTES.min(LAYER_BYTES * layers.len())));
+        for (number, layer) in layers.iter_mut().enumerate() {
+            layer.share_pages(number, cache.clone());
+        }
+        Ok(Self { layers })
     }
 
     /// The layers, the newest first.
@@ -205,6 +217,12 @@ impl ChainPieces<'_> {
 
     /// Lets the layer `index` tell of `range` next.
     fn ask_below(&mut self, index: usize, range: Range<u64>) -> Result<(), ReadError> {
+        // Of a long chain only the upper layers' pages stay at hand.
+        if index > PAGES_HELD
+            && let Some(Source::Layer(_, pieces)) = self.sources.last_mut()
+        {
+            pieces.release_page();
+        }
         let Some(layer) = self.chain.layers.get(index) else {
             self.sources.push(Source::Nobody(range));
             return Ok(());

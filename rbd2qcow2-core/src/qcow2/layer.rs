@@ -4,12 +4,14 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::compressed::unpack;
 use super::error::ReadError;
-use super::file::{Page, PageCache, ReadAt, ReadOnce};
+use super::file::{ReadAt, ReadOnce};
 use super::header::{Header, HeaderError};
 use super::open_regular;
+use super::pages::{LAYER_BYTES, LayerPages, Page, PageCache};
 use super::table::{CompressedCluster, Geometry, GuestOffset, HostOffset, L2Entry};
 
 mod segments;
@@ -31,9 +33,9 @@ pub enum Piece {
 
 /// One qcow2 file, open for reading. Never reads its backing file.
 ///
-/// Can be shared by threads, which read in parallel. Holds at most 4 MiB of the file's tables, and
-/// one more page of 16 KiB for each iterator; a read of compressed data takes three clusters and the
-/// decoder's state meanwhile.
+/// Can be shared by threads, which read in parallel. Holds at most 4 MiB of the file's tables (the layers of a
+/// [chain](super::chain::ChainReader) share 32 MiB), and one more page of 16 KiB for each iterator; a read of
+/// compressed data takes three clusters and the decoder's state meanwhile.
 ///
 /// Nothing in the file is believed: an entry is checked before it is followed. What leads to a place
 /// outside the file, into the header, or is set where the format reserves it, is an error that
@@ -45,7 +47,7 @@ pub struct LayerReader {
     file: Box<dyn ReadAt>,
     header: Header,
     geometry: Geometry,
-    cache: PageCache,
+    pages: LayerPages,
 }
 
 impl fmt::Debug for LayerReader {
@@ -112,8 +114,13 @@ impl LayerReader {
         };
         fit.map_err(|cause| ReadError::Header { path: path.to_owned(), cause })?;
         let geometry = Geometry::new(&header, file_bytes);
-        let cache = PageCache::new(geometry.cluster_size());
-        Ok(Self { path: path.to_owned(), file, header, geometry, cache })
+        let pages = LayerPages::new(geometry.cluster_size(), 0, Arc::new(PageCache::new(LAYER_BYTES)));
+        Ok(Self { path: path.to_owned(), file, header, geometry, pages })
+    }
+
+    /// Keeps pages of tables in a cache that other layers use, too: this one is number `layer` there.
+    pub(super) fn share_pages(&mut self, layer: usize, cache: Arc<PageCache>) {
+        self.pages.share(layer, cache);
     }
 
     /// The file's header.
@@ -267,7 +274,7 @@ impl LayerReader {
     }
 
     fn page(&self, host: HostOffset) -> Result<Page, ReadError> {
-        self.cache.page(&*self.file, host).map_err(|cause| self.io(host, cause))
+        self.pages.page(&*self.file, host).map_err(|cause| self.io(host, cause))
     }
 
     fn io(&self, host: HostOffset, cause: std::io::Error) -> ReadError {
@@ -333,6 +340,13 @@ pub struct Pieces<'a> {
     /// What was seen last, and may go on.
     pending: Option<(Range<u64>, Piece)>,
     failed: bool,
+}
+
+impl Pieces<'_> {
+    /// Gives back the page of a table that it holds. The cache has it, or it is read again.
+    pub(super) fn release_page(&mut self) {
+        self.segments.release_page();
+    }
 }
 
 impl Iterator for Pieces<'_> {
