@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use super::error::ReadError;
 use super::layer::{LayerReader, Piece, Pieces, Unpacked};
+use super::on_demand::OpenFiles;
 use super::pages::{CHAIN_BYTES, LAYER_BYTES, PageCache};
 use super::table::GuestOffset;
+use crate::files::{self, Shortage};
 
 /// The layers of one restore point, open for reading. Can be shared by threads, which read in
 /// parallel.
@@ -48,13 +50,16 @@ impl ChainReader {
     /// Never opens a file by a name from a header: those names are only compared, and the chain is
     /// as long as `paths`, so no loop of backing files is followed.
     ///
+    /// The files stay open. Of a chain for which this process may not have enough files open (half of what is
+    /// left to it, but for a reserve), only those that were read last do. The others are opened again when they
+    /// are read: one that is not the same file then is [`ReadError::Replaced`].
+    ///
     /// # Errors
     /// [`ReadError::NoLayers`], [`ReadError::Header`] (also for a backing file that is not a qcow2
     /// file in the same directory), [`ReadError::Backing`] where a header names another file than
     /// the next of `paths`, or the last one names any.
     pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
-        let open = |path: &P| LayerReader::open(path.as_ref());
-        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
+        Self::open_within(paths, false, files::room())
     }
 
     /// The same, for data that are read once: see [`LayerReader::open_to_read_once`].
@@ -62,8 +67,27 @@ impl ChainReader {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_to_read_once<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
-        let open = |path: &P| LayerReader::open_to_read_once(path.as_ref());
-        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
+        Self::open_within(paths, true, files::room())
+    }
+
+    /// The same as either, `once` telling which: all layers stay open where `room` descriptors are enough for
+    /// that, else those that were read last.
+    fn open_within<P: AsRef<Path>>(paths: &[P], once: bool, room: usize) -> Result<Self, ReadError> {
+        if paths.len().saturating_mul(if once { 2 } else { 1 }) <= room {
+            let open = |path: &P| match once {
+                true => LayerReader::open_to_read_once(path.as_ref()),
+                false => LayerReader::open(path.as_ref()),
+            };
+            match paths.iter().map(open).collect() {
+                // Somebody else has opened many files meanwhile.
+                Err(error) if Shortage::of(&error).is_some() => {}
+                layers => return Self::from_layers(layers?),
+            }
+        }
+        let files = Arc::new(OpenFiles::new(room));
+        let open =
+            |(number, path): (usize, &P)| LayerReader::open_on_demand(path.as_ref(), once, number, &files);
+        Self::from_layers(paths.iter().enumerate().map(open).collect::<Result<_, _>>()?)
     }
 
     /// Joins open layers, the newest first.

@@ -1,7 +1,7 @@
 //! Reading one layer: which parts of the guest's image it holds, and what is in them.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use super::compressed::unpack;
 use super::error::ReadError;
 use super::file::{ReadAt, ReadOnce};
 use super::header::{Header, HeaderError};
+use super::on_demand::{OnDemand, OpenFiles, Replaced};
 use super::open_regular;
 use super::pages::{LAYER_BYTES, LayerPages, Page, PageCache};
 use super::table::{CompressedCluster, Geometry, GuestOffset, HostOffset, L2Entry};
@@ -63,7 +64,7 @@ impl LayerReader {
     /// # Errors
     /// [`ReadError::Header`], as in [`from_source`](Self::from_source).
     pub fn open(path: &Path) -> Result<Self, ReadError> {
-        Self::open_as(path, |file| Ok(Box::new(file)))
+        Self::open_as(path, |file, _| Ok(Box::new(file)))
     }
 
     /// The same, for data that are read once: long reads into page-aligned memory go past the page cache
@@ -72,19 +73,35 @@ impl LayerReader {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_to_read_once(path: &Path) -> Result<Self, ReadError> {
-        Self::open_as(path, |file| Ok(Box::new(ReadOnce::new(file, path)?)))
+        Self::open_as(path, |file, _| Ok(Box::new(ReadOnce::new(file, path)?)))
+    }
+
+    /// The same as either, `once` telling which, for a file that is number `number` of those that share the room
+    /// for open files: it may be closed and opened again between reads.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open). Of reads also [`ReadError::Replaced`].
+    pub(super) fn open_on_demand(
+        path: &Path,
+        once: bool,
+        number: usize,
+        files: &Arc<OpenFiles>,
+    ) -> Result<Self, ReadError> {
+        Self::open_as(path, |file, metadata| {
+            Ok(Box::new(OnDemand::new(file, metadata, path, once, number, files.clone())))
+        })
     }
 
     fn open_as(
         path: &Path,
-        reader: impl FnOnce(File) -> std::io::Result<Box<dyn ReadAt>>,
+        reader: impl FnOnce(File, &Metadata) -> std::io::Result<Box<dyn ReadAt>>,
     ) -> Result<Self, ReadError> {
         let failed = |cause| ReadError::Header { path: path.to_owned(), cause };
         let (file, metadata) = open_regular(path)
             .map_err(|error| failed(HeaderError::Read(error)))?
             .ok_or_else(|| failed(HeaderError::NotARegularFile))?;
         let header = Header::read_from(&file, metadata.len()).map_err(failed)?;
-        let file = reader(file).map_err(|error| failed(HeaderError::Read(error)))?;
+        let file = reader(file, &metadata).map_err(|error| failed(HeaderError::Read(error)))?;
         Self::new(path, file, header, metadata.len())
     }
 
@@ -121,6 +138,11 @@ impl LayerReader {
     /// Keeps pages of tables in a cache that other layers use, too: this one is number `layer` there.
     pub(super) fn share_pages(&mut self, layer: usize, cache: Arc<PageCache>) {
         self.pages.share(layer, cache);
+    }
+
+    #[cfg(test)]
+    pub(super) fn pages(&self) -> &LayerPages {
+        &self.pages
     }
 
     /// The file's header.
@@ -278,7 +300,11 @@ impl LayerReader {
     }
 
     fn io(&self, host: HostOffset, cause: std::io::Error) -> ReadError {
-        ReadError::Io { path: self.path.clone(), host, cause }
+        let path = self.path.clone();
+        match cause.get_ref().is_some_and(|cause| cause.is::<Replaced>()) {
+            true => ReadError::Replaced { path },
+            false => ReadError::Io { path, host, cause },
+        }
     }
 
     fn shrunk(&self, host: HostOffset) -> ReadError {

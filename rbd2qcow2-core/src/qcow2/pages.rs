@@ -108,6 +108,12 @@ impl LayerPages {
         (self.layer, self.cache) = (layer, cache);
     }
 
+    /// Whether both have one cache, and different numbers in it.
+    #[cfg(test)]
+    pub(super) fn shares_with(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.cache, &other.cache) && self.layer != other.layer
+    }
+
     /// The page around `host`. The file ends within it, or before it, if it ends there.
     ///
     /// Reads without holding a lock: two threads may then read the same page, but none waits for the reading
