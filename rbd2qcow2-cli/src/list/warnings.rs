@@ -8,6 +8,7 @@ use indicatif::HumanBytes;
 use jiff::Timestamp;
 
 use super::listing::{Activity, Listing};
+use super::long;
 use crate::human::{self, count};
 
 /// So far may the clocks of two machines differ without a word.
@@ -33,6 +34,7 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
         about(Some("no backup of it was completed yet".to_owned()));
     }
     about(in_the_future(listing, now));
+    about(long::warning(listing));
     for old in old_chains(listing) {
         about(Some(old));
     }
