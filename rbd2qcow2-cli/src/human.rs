@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use indicatif::HumanBytes;
 use jiff::fmt::friendly::{FractionalUnit, SpanPrinter};
+use rbd2qcow2_core::files::Shortage;
 
 /// A time, to a tenth of a second: `2.3s`, `1h 2m 3.4s`.
 pub fn duration(time: Duration) -> String {
@@ -104,6 +105,9 @@ pub fn causes_block(error: &(dyn Error + 'static)) -> String {
         }
         // What another program said may take several lines.
         let _ = write!(block, "{}", cause.trim_end().replace('\n', "\n    "));
+    }
+    if let Some(shortage) = Shortage::untold(error) {
+        let _ = write!(block, "\n  caused by: {shortage}");
     }
     block
 }

@@ -12,6 +12,7 @@ use crate::outcome::{CommandError, Outcome};
 use crate::{human, names};
 
 mod listing;
+mod long;
 mod people;
 mod row;
 mod tree;

@@ -19,6 +19,7 @@ mod console;
 mod hold;
 mod human;
 mod json;
+mod limits;
 mod list;
 mod names;
 mod outcome;
@@ -50,6 +51,7 @@ fn main() {
 fn run(cli: &Cli) -> Outcome {
     let console = Console::new(&cli.output);
     console.start_log(&cli.output);
+    limits::raise_open_files();
     let result = match &cli.command {
         Command::Backup(args) => backup::run(args, cli.cluster(), &cli.output, &console),
         Command::List(args) => list::run(args, &cli.output, &console),

@@ -31,6 +31,8 @@ mod killed;
 mod large;
 #[path = "cli/list.rs"]
 mod list;
+#[path = "cli/long_chains.rs"]
+mod long_chains;
 #[path = "cli/mount.rs"]
 mod mount;
 #[path = "cli/program.rs"]

@@ -34,12 +34,8 @@ impl Direct {
     /// The file, and how many of the bytes in `memory` can go past the page cache from or to `offset`: the
     /// whole pages that they begin with.
     pub(crate) fn pages(&self, memory: &[u8], offset: u64) -> Option<(&File, usize)> {
-        let length = memory.len() - memory.len() % ALIGNMENT;
-        let usable = length >= SHORTEST
-            && offset.is_multiple_of(ALIGNMENT as u64)
-            && memory.as_ptr().align_offset(ALIGNMENT) == 0
-            && !self.is_refused();
-        self.file.as_ref().filter(|_| usable).map(|file| (file, length))
+        let file = self.file.as_ref().filter(|_| !self.is_refused())?;
+        whole_pages(memory, offset).map(|length| (file, length))
     }
 
     /// Takes the result of reading or writing those pages, and gives how many bytes of them are done: none
@@ -59,8 +55,18 @@ impl Direct {
     }
 }
 
+/// How many of the bytes in `memory` can go past the page cache from or to `offset`: the whole pages that they
+/// begin with. `None` where that is none, or not worth it.
+pub(crate) fn whole_pages(memory: &[u8], offset: u64) -> Option<usize> {
+    let length = memory.len() - memory.len() % ALIGNMENT;
+    let usable = length >= SHORTEST
+        && offset.is_multiple_of(ALIGNMENT as u64)
+        && memory.as_ptr().align_offset(ALIGNMENT) == 0;
+    usable.then_some(length)
+}
+
 /// Whether a file system says with this that it does not do direct I/O, or not such.
-fn is_unsupported(error: &io::Error) -> bool {
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::NOTSUP, Errno::OPNOTSUPP]
         .map(Errno::raw_os_error)
         .map(Some)

@@ -3,10 +3,13 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::files::Shortage;
+
 /// Shows an error and all its causes on one line, outermost first, joined by `: `.
 ///
 /// An error's own text does not repeat its cause: where nobody will ask for the source any more, in
-/// the log for instance, what the system said would be lost without this.
+/// the log for instance, what the system said would be lost without this. Where too many files were open, what
+/// to do about that comes last.
 #[derive(Clone, Copy, Debug)]
 pub struct Causes<'a>(pub &'a (dyn Error + 'static));
 
@@ -18,7 +21,7 @@ impl fmt::Display for Causes<'_> {
             write!(f, ": {cause}")?;
             source = cause.source();
         }
-        Ok(())
+        Shortage::untold(self.0).map_or(Ok(()), |shortage| write!(f, ": {shortage}"))
     }
 }
 

@@ -33,6 +33,7 @@ pub mod copy;
 mod direct;
 pub mod error;
 pub mod extent;
+pub mod files;
 pub mod layer;
 pub mod merge;
 pub mod nbd;

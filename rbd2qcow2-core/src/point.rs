@@ -9,6 +9,7 @@ use crate::chain::lock::ChainLock;
 use crate::chain::manifest::Record;
 use crate::chain::names::{ImageName, PointName};
 use crate::chain::{Catalogue, ChainError, Point, Problem, image_directory};
+use crate::files::Shortage;
 use crate::qcow2::chain::ChainReader;
 use crate::qcow2::error::ReadError;
 use crate::source::SourceError;
@@ -37,7 +38,7 @@ impl OpenPoint {
     /// # Errors
     /// [`PointError::Chain`] (for a chain that is being written:
     /// [`ChainError::Locked`]), [`PointError::UnknownImage`], [`PointError::UnknownPoint`],
-    /// [`PointError::Broken`], [`PointError::Damaged`].
+    /// [`PointError::Broken`], [`PointError::Damaged`], [`PointError::TooManyFiles`].
     pub fn open(dest: &Path, image: &ImageName, point: Option<PointName>) -> Result<Self, PointError> {
         let directory = image_directory(dest, image);
         let unknown = || PointError::UnknownImage { dest: dest.to_owned(), image: image.clone() };
@@ -103,7 +104,7 @@ impl OpenPoint {
     /// is found before anything is changed that cannot be brought back. Blocks.
     ///
     /// # Errors
-    /// [`PointError::Damaged`]. `Ok(false)` when `cancel` was set meanwhile.
+    /// [`PointError::Damaged`], [`PointError::TooManyFiles`]. `Ok(false)` when `cancel` was set meanwhile.
     pub(crate) fn check_tables(&self, cancel: &Cancel) -> Result<bool, PointError> {
         let damaged = |cause: ReadError| damaged(&self.catalogue, self.name, cause.into());
         for piece in self.chain.map(0..self.size).map_err(damaged)? {
@@ -158,6 +159,9 @@ fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, Poi
 }
 
 fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> PointError {
+    if Shortage::of(&*cause).is_some() {
+        return PointError::TooManyFiles { image: catalogue.image().clone(), point, cause };
+    }
     let whole = cause.path().map_or_else(Vec::new, |path| without(catalogue, path));
     PointError::Damaged { image: catalogue.image().clone(), point, whole, cause }
 }

@@ -11,6 +11,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use crate::backup::{Backup, BackupError};
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
+use crate::files;
 use crate::layer::native::Compressors;
 use crate::layer::qemu_nbd::{QemuNbdError, QemuTools};
 use crate::options::{BackupOptions, Writer};
@@ -25,6 +26,15 @@ const LEAST_MEMORY: usize = 16 << 20;
 /// How many images are under way for each that may copy. A snapshot takes the monitors about a second,
 /// and so does removing the one before; that time passes for several images at once.
 const UNDER_WAY: usize = 4;
+
+/// Files that the backup of an image has open, at most.
+const FILES: usize = 6;
+
+/// The same where qemu-nbd writes the layer: sockets and pipes besides.
+const FILES_WITH_SERVER: usize = 16;
+
+/// Files that are left for connections to OSDs, which come with the first reads.
+const FILES_SPARE: usize = 16;
 
 /// Which images of which pool go where.
 #[derive(Clone, Debug, Default)]
@@ -153,7 +163,7 @@ impl PoolBackup {
         std::thread::scope(|scope| {
             // Whoever wants one after the other gets that.
             let under_way = if jobs > 1 { jobs * UNDER_WAY } else { 1 };
-            for _ in 1..under_way.min(images.len()) {
+            for _ in 1..self.affordable(under_way.min(images.len())) {
                 // Fewer threads do the same work: the first is this one.
                 if let Err(error) = std::thread::Builder::new().name("image".into()).spawn_scoped(scope, job)
                 {
@@ -164,6 +174,22 @@ impl PoolBackup {
             job();
         });
         Ok(reports.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How many of `images` at once this process has files for.
+    fn affordable(&self, images: usize) -> usize {
+        let each = match self.options.writer {
+            Writer::Native => FILES,
+            Writer::QemuNbd => FILES_WITH_SERVER,
+        };
+        let affordable = (files::free().saturating_sub(FILES_SPARE) / each).max(1);
+        if affordable < images {
+            log::warn!(
+                "only {affordable} images at once, since this process may not have more files open (`ulimit -n`, \
+                 or `LimitNOFILE=` in a unit of systemd)"
+            );
+        }
+        images.min(affordable)
     }
 
     /// `POOL` or `POOL/NAMESPACE`.

@@ -21,6 +21,9 @@ pub mod error;
 pub mod file;
 pub mod header;
 pub mod layer;
+mod on_demand;
+mod pages;
+mod recent;
 pub mod refcount;
 pub mod table;
 #[cfg(test)]

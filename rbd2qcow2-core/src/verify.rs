@@ -16,6 +16,7 @@ use crate::chain::names::PointFile;
 use crate::chain::{
     Catalogue, ChainError, Doubt, ImageName, Point, PointName, Problem, Suspicion, image_directory,
 };
+use crate::files::Shortage;
 use crate::progress::Amount;
 
 mod affected;
@@ -132,6 +133,9 @@ pub enum VerifyError {
     /// There is no such point.
     #[error(transparent)]
     NoSuchPoint(Problem),
+    /// No more files can be opened. What was not looked at is not known to be good, nor to be damaged.
+    #[error("not verified, since no more files can be opened; nothing of that is known to be damaged")]
+    TooManyFiles(#[source] Shortage),
     /// A thread could not be started.
     #[error("cannot start a thread")]
     Thread(#[source] std::io::Error),
@@ -201,8 +205,8 @@ impl VerifyImage<'_> {
             damage.insert(*name, std::mem::take(&mut verdict.damage).into_ranges());
             differing.insert(*name, sources.get(name).map_or_else(Vec::new, |source| source.ranges.clone()));
         }
-        let mut inherited = affected(&catalogue, &needed, damage);
-        for (name, findings) in affected(&catalogue, &needed, differing) {
+        let mut inherited = affected(&catalogue, &needed, damage)?;
+        for (name, findings) in affected(&catalogue, &needed, differing)? {
             // What was changed back since, without a trace, is right again: it was compared.
             if sources.get(&name).is_none_or(|source| source.status != SourceStatus::Same) {
                 inherited.entry(name).or_default().extend(findings);
@@ -262,7 +266,7 @@ pub(crate) struct LayerReport {
 /// that is damaged. What the catalogue has found is not repeated. `progress` is counted up.
 ///
 /// # Errors
-/// [`VerifyError::Cancelled`], [`VerifyError::Thread`].
+/// [`VerifyError::Cancelled`], [`VerifyError::Thread`], [`VerifyError::TooManyFiles`].
 pub(crate) fn verify_layers(
     image: &ImageName,
     points: &[&Point],

@@ -8,6 +8,7 @@ use indicatif::HumanBytes;
 use jiff::Timestamp;
 
 use super::listing::{Activity, Listing};
+use super::long;
 use crate::human::{self, count};
 
 /// So far may the clocks of two machines differ without a word.
@@ -36,6 +37,7 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
         about(Some(suspicion.describe()));
     }
     about(in_the_future(listing, now));
+    about(long::warning(listing));
     for old in old_chains(listing) {
         about(Some(old));
     }

@@ -1,11 +1,12 @@
 //! Directories of backups, made with the library and `qemu-img` where a cluster would be too much.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use jiff::Timestamp;
-use rbd2qcow2_core::buffer::BufferPool;
+use rbd2qcow2_core::buffer::{Buffer, BufferPool};
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::digests::DigestWriter;
 use rbd2qcow2_core::chain::manifest::Features;
@@ -14,11 +15,13 @@ use rbd2qcow2_core::chain::{
     image_directory,
 };
 use rbd2qcow2_core::copy::Copy;
+use rbd2qcow2_core::extent::{Extent, ExtentKind};
 use rbd2qcow2_core::layer::native::{Compressors, NativeLayer};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2, LayerSpec, LayerWriter};
 use rbd2qcow2_core::merge::{Merge, MergeOptions, MergeProgress, Way};
 use rbd2qcow2_core::progress::Progress;
 use rbd2qcow2_core::source::memory::MemorySource;
+use rbd2qcow2_core::source::{RbdDiffSource, SourceError};
 use tempfile::TempDir;
 
 /// Cluster size of the layers, in bytes.
@@ -149,6 +152,17 @@ impl Backups {
         write_layer(&directory.join(file(&second)), SIMPLE, content, Some(&backing), base, &digests);
     }
 
+    /// Adds a point to an image of `size` bytes: upon the newest one, if there is one, a page has changed at each
+    /// of these places. At a unix time.
+    pub fn scatter(&self, image: &str, second: i64, size: u64, places: &[u64]) {
+        let time = Timestamp::from_second(second).unwrap().to_string();
+        let form = Form { compression: Compression::None, extended_l2: ExtendedL2::Off };
+        self.commit(image, "0123abcd", &time, size, form, Newest, |path, backing, digests| {
+            let source = Scattered { size, places: places.to_vec() };
+            write_from(path, form, &source, backing, backing.is_none(), digests);
+        });
+    }
+
     /// Leaves an image as a run does that was to forget all points but the newest one, and is killed when the
     /// large layer at the bottom has lost its point and not yet taken over what is above it.
     pub fn half_merge(&self, image: &str) {
@@ -248,26 +262,72 @@ fn write_layer(
     base: Option<&[u8]>,
     digests: &DigestWriter,
 ) {
-    let spec = LayerSpec {
-        path: path.to_owned(),
-        virtual_size: (content.len() as u64).next_multiple_of(512),
-        backing: backing.map(str::to_owned),
-        cluster_size: CLUSTER,
-        compression: form.compression,
-        extended_l2: form.extended_l2,
-    };
-    let layer = NativeLayer::create(&spec, Compressors::default()).unwrap();
     let source = MemorySource {
         content: content.to_vec(),
         base: base.map(<[u8]>::to_vec),
         block: 4096,
         ..MemorySource::default()
     };
+    write_from(path, form, &source, backing, base.is_none(), digests);
+}
+
+/// An image of which a page has changed at each of some places.
+struct Scattered {
+    size: u64,
+    places: Vec<u64>,
+}
+
+/// Length of such a page.
+const PAGE: u64 = 4096;
+
+impl RbdDiffSource for Scattered {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn segments(&self, align: u64) -> Box<dyn Iterator<Item = Result<Range<u64>, SourceError>> + Send + '_> {
+        let step = align.max(1 << 30);
+        let starts = (0..self.size.div_ceil(step)).map(move |number| number * step);
+        Box::new(starts.map(move |start| Ok(start..(start + step).min(self.size))))
+    }
+
+    fn diff(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
+        let inside = self.places.iter().filter(|place| segment.contains(*place));
+        found.extend(inside.filter_map(|&place| Extent::new(place..place + PAGE, ExtentKind::Data)));
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
+        for (number, byte) in (offset..).zip(buffer.iter_mut()) {
+            *byte = (number / PAGE) as u8 | 1;
+        }
+        Ok(())
+    }
+}
+
+/// Makes a layer of what has changed.
+fn write_from(
+    path: &Path,
+    form: Form,
+    source: &dyn RbdDiffSource,
+    backing: Option<&str>,
+    root: bool,
+    digests: &DigestWriter,
+) {
+    let spec = LayerSpec {
+        path: path.to_owned(),
+        virtual_size: source.size().next_multiple_of(512),
+        backing: backing.map(str::to_owned),
+        cluster_size: CLUSTER,
+        compression: form.compression,
+        extended_l2: form.extended_l2,
+    };
+    let layer = NativeLayer::create(&spec, Compressors::default()).unwrap();
     let cancel = Cancel::new();
     let copy = Copy {
-        source: &source,
+        source,
         layer: &layer,
-        root: base.is_none(),
+        root,
         digests: Some(digests),
         buffers: &BufferPool::new(16 << 20),
         rate_limit: None,

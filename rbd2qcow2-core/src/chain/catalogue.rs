@@ -11,6 +11,7 @@ use super::announcement::Announcement;
 use super::error::ChainError;
 use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
 use super::suspect::{self, Doubt, Suspicion};
+use crate::files::Shortage;
 
 mod directory;
 mod examine;
@@ -63,7 +64,7 @@ impl Catalogue {
     ///
     /// # Errors
     /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::Io`] when the
-    /// directory cannot be listed.
+    /// directory cannot be listed, [`ChainError::TooManyFiles`].
     pub fn read(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
         let mut files = Files::sort(directory, image)?;
         let mut catalogue = Self {
@@ -93,6 +94,11 @@ impl Catalogue {
                 }
                 Presence::Other => catalogue.newest_unseen = Some(name),
             }
+        }
+        // Nothing that was not looked at is broken, or missing.
+        let shortage = |problem: &Problem| Some((problem.path().to_owned(), Shortage::of(problem)?));
+        if let Some((path, cause)) = catalogue.problems.iter().find_map(shortage) {
+            return Err(ChainError::TooManyFiles { path, cause });
         }
         catalogue.find_soundness();
         catalogue.find_leftovers(&files);

@@ -8,6 +8,7 @@ use super::digests::DigestsError;
 use super::lock::Holder;
 use super::manifest::ManifestError;
 use super::names::{ImageName, NameError, PointName};
+use crate::files::Shortage;
 use crate::qcow2::header::HeaderError;
 
 /// Why a chain could not be read or extended.
@@ -68,6 +69,16 @@ pub enum ChainError {
         path: PathBuf,
         /// Who holds it.
         holder: Holder,
+    },
+    /// The files of a chain could not be looked at, since no more files can be open. Nothing is known to be wrong
+    /// with them.
+    #[error("cannot read {}", path.display())]
+    TooManyFiles {
+        /// The first file that was not read.
+        path: PathBuf,
+        /// How many may be open.
+        #[source]
+        cause: Shortage,
     },
     /// An operation on a file or directory failed.
     #[error("cannot {action} {}", path.display())]

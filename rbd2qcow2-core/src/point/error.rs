@@ -51,6 +51,18 @@ pub enum PointError {
         #[source]
         cause: Box<Problem>,
     },
+    /// Not all layers that the point needs could be read, since no more files can be open. Nothing is known to be
+    /// wrong with the point.
+    #[error("point {point} of image {:?} was not read: no more files can be opened", image.as_str())]
+    TooManyFiles {
+        /// The image.
+        image: ImageName,
+        /// The point.
+        point: PointName,
+        /// Which file ([`ReadError::path`]), and what the system says.
+        #[source]
+        cause: Box<ReadError>,
+    },
     /// A layer that the point needs is damaged, or cannot be read for another reason.
     #[error("point {point} of image {:?} cannot be read whole; {}", image.as_str(), Whole(whole))]
     Damaged {

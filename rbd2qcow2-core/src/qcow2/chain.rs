@@ -2,10 +2,14 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::error::ReadError;
 use super::layer::{LayerReader, Piece, Pieces, Unpacked};
+use super::on_demand::OpenFiles;
+use super::pages::{CHAIN_BYTES, LAYER_BYTES, PageCache};
 use super::table::GuestOffset;
+use crate::files::{self, Shortage};
 
 /// The layers of one restore point, open for reading. Can be shared by threads, which read in
 /// parallel.
@@ -14,13 +18,16 @@ use super::table::GuestOffset;
 /// build upon each other as given. The structure of a layer as a whole is looked at by
 /// [`check`](super::check::check), one layer at a time.
 ///
-/// Each layer has its own caches (see [`LayerReader`]), so memory grows with the number of layers:
-/// some 4 MiB for each, at most.
+/// Takes at most 4 MiB for each layer's tables, and 32 MiB for those of all layers, however many there are; and
+/// for each iterator, up to 1 MiB.
 #[derive(Debug)]
 pub struct ChainReader {
     /// The newest first; never empty.
     layers: Vec<LayerReader>,
 }
+
+/// How many layers an iterator holds a page of a table of.
+const PAGES_HELD: usize = 64;
 
 /// A range of the guest's image, and who holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,13 +50,16 @@ impl ChainReader {
     /// Never opens a file by a name from a header: those names are only compared, and the chain is
     /// as long as `paths`, so no loop of backing files is followed.
     ///
+    /// The files stay open. Of a chain for which this process may not have enough files open (half of what is
+    /// left to it, but for a reserve), only those that were read last do. The others are opened again when they
+    /// are read: one that is not the same file then is [`ReadError::Replaced`].
+    ///
     /// # Errors
     /// [`ReadError::NoLayers`], [`ReadError::Header`] (also for a backing file that is not a qcow2
     /// file in the same directory), [`ReadError::Backing`] where a header names another file than
     /// the next of `paths`, or the last one names any.
     pub fn open<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
-        let open = |path: &P| LayerReader::open(path.as_ref());
-        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
+        Self::open_within(paths, false, files::room())
     }
 
     /// The same, for data that are read once: see [`LayerReader::open_to_read_once`].
@@ -57,15 +67,34 @@ impl ChainReader {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_to_read_once<P: AsRef<Path>>(paths: &[P]) -> Result<Self, ReadError> {
-        let open = |path: &P| LayerReader::open_to_read_once(path.as_ref());
-        Self::from_layers(paths.iter().map(open).collect::<Result<_, _>>()?)
+        Self::open_within(paths, true, files::room())
+    }
+
+    /// The same as either, `once` telling which: all layers stay open where `room` descriptors are enough for
+    /// that, else those that were read last.
+    fn open_within<P: AsRef<Path>>(paths: &[P], once: bool, room: usize) -> Result<Self, ReadError> {
+        if paths.len().saturating_mul(if once { 2 } else { 1 }) <= room {
+            let open = |path: &P| match once {
+                true => LayerReader::open_to_read_once(path.as_ref()),
+                false => LayerReader::open(path.as_ref()),
+            };
+            match paths.iter().map(open).collect() {
+                // Somebody else has opened many files meanwhile.
+                Err(error) if Shortage::of(&error).is_some() => {}
+                layers => return Self::from_layers(layers?),
+            }
+        }
+        let files = Arc::new(OpenFiles::new(room));
+        let open =
+            |(number, path): (usize, &P)| LayerReader::open_on_demand(path.as_ref(), once, number, &files);
+        Self::from_layers(paths.iter().enumerate().map(open).collect::<Result<_, _>>()?)
     }
 
     /// Joins open layers, the newest first.
     ///
     /// # Errors
     /// As [`open`](Self::open).
-    pub fn from_layers(layers: Vec<LayerReader>) -> Result<Self, ReadError> {
+    pub fn from_layers(mut layers: Vec<LayerReader>) -> Result<Self, ReadError> {
         for (index, layer) in layers.iter().enumerate() {
             let named = layer.header().chain_backing();
             let named = named.map_err(|cause| ReadError::Header { path: layer.path().to_owned(), cause })?;
@@ -79,7 +108,14 @@ impl ChainReader {
                 });
             }
         }
-        if layers.is_empty() { Err(ReadError::NoLayers) } else { Ok(Self { layers }) }
+        if layers.is_empty() {
+            return Err(ReadError::NoLayers);
+        }
+        let cache = Arc::new(PageCache::new(CHAIN_BYTES.min(LAYER_BYTES * layers.len())));
+        for (number, layer) in layers.iter_mut().enumerate() {
+            layer.share_pages(number, cache.clone());
+        }
+        Ok(Self { layers })
     }
 
     /// The layers, the newest first.
@@ -205,6 +241,12 @@ impl ChainPieces<'_> {
 
     /// Lets the layer `index` tell of `range` next.
     fn ask_below(&mut self, index: usize, range: Range<u64>) -> Result<(), ReadError> {
+        // Of a long chain only the upper layers' pages stay at hand.
+        if index > PAGES_HELD
+            && let Some(Source::Layer(_, pieces)) = self.sources.last_mut()
+        {
+            pieces.release_page();
+        }
         let Some(layer) = self.chain.layers.get(index) else {
             self.sources.push(Source::Nobody(range));
             return Ok(());

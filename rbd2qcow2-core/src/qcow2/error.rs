@@ -31,6 +31,17 @@ pub enum ReadError {
         #[source]
         cause: io::Error,
     },
+    /// The file of a long chain was closed meanwhile, and is another one now, or is gone. What was read of it
+    /// before may not fit what is there.
+    #[error(
+        "the layer {} was replaced, changed or removed while its chain was read: leave the chain alone and try \
+         again",
+        path.display()
+    )]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file has become shorter since it was opened.
     #[error("the layer {} became shorter while it was read: nothing is left at {host}", path.display())]
     Shrunk {
@@ -123,6 +134,7 @@ impl ReadError {
         match self {
             Self::Header { path, .. }
             | Self::Io { path, .. }
+            | Self::Replaced { path }
             | Self::Shrunk { path, .. }
             | Self::L1Entry { path, .. }
             | Self::L2Entry { path, .. }

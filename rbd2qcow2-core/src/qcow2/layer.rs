@@ -1,15 +1,18 @@
 //! Reading one layer: which parts of the guest's image it holds, and what is in them.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::compressed::unpack;
 use super::error::ReadError;
-use super::file::{Page, PageCache, ReadAt, ReadOnce};
+use super::file::{ReadAt, ReadOnce};
 use super::header::{Header, HeaderError};
+use super::on_demand::{OnDemand, OpenFiles, Replaced};
 use super::open_regular;
+use super::pages::{LAYER_BYTES, LayerPages, Page, PageCache};
 use super::table::{CompressedCluster, Geometry, GuestOffset, HostOffset, L2Entry};
 
 mod segments;
@@ -31,9 +34,9 @@ pub enum Piece {
 
 /// One qcow2 file, open for reading. Never reads its backing file.
 ///
-/// Can be shared by threads, which read in parallel. Holds at most 4 MiB of the file's tables, and
-/// one more page of 16 KiB for each iterator; a read of compressed data takes three clusters and the
-/// decoder's state meanwhile.
+/// Can be shared by threads, which read in parallel. Holds at most 4 MiB of the file's tables (the layers of a
+/// [chain](super::chain::ChainReader) share 32 MiB), and one more page of 16 KiB for each iterator; a read of
+/// compressed data takes three clusters and the decoder's state meanwhile.
 ///
 /// Nothing in the file is believed: an entry is checked before it is followed. What leads to a place
 /// outside the file, into the header, or is set where the format reserves it, is an error that
@@ -45,7 +48,7 @@ pub struct LayerReader {
     file: Box<dyn ReadAt>,
     header: Header,
     geometry: Geometry,
-    cache: PageCache,
+    pages: LayerPages,
 }
 
 impl fmt::Debug for LayerReader {
@@ -61,7 +64,7 @@ impl LayerReader {
     /// # Errors
     /// [`ReadError::Header`], as in [`from_source`](Self::from_source).
     pub fn open(path: &Path) -> Result<Self, ReadError> {
-        Self::open_as(path, |file| Ok(Box::new(file)))
+        Self::open_as(path, |file, _| Ok(Box::new(file)))
     }
 
     /// The same, for data that are read once: long reads into page-aligned memory go past the page cache
@@ -70,19 +73,35 @@ impl LayerReader {
     /// # Errors
     /// As [`open`](Self::open).
     pub fn open_to_read_once(path: &Path) -> Result<Self, ReadError> {
-        Self::open_as(path, |file| Ok(Box::new(ReadOnce::new(file, path)?)))
+        Self::open_as(path, |file, _| Ok(Box::new(ReadOnce::new(file, path)?)))
+    }
+
+    /// The same as either, `once` telling which, for a file that is number `number` of those that share the room
+    /// for open files: it may be closed and opened again between reads.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open). Of reads also [`ReadError::Replaced`].
+    pub(super) fn open_on_demand(
+        path: &Path,
+        once: bool,
+        number: usize,
+        files: &Arc<OpenFiles>,
+    ) -> Result<Self, ReadError> {
+        Self::open_as(path, |file, metadata| {
+            Ok(Box::new(OnDemand::new(file, metadata, path, once, number, files.clone())))
+        })
     }
 
     fn open_as(
         path: &Path,
-        reader: impl FnOnce(File) -> std::io::Result<Box<dyn ReadAt>>,
+        reader: impl FnOnce(File, &Metadata) -> std::io::Result<Box<dyn ReadAt>>,
     ) -> Result<Self, ReadError> {
         let failed = |cause| ReadError::Header { path: path.to_owned(), cause };
         let (file, metadata) = open_regular(path)
             .map_err(|error| failed(HeaderError::Read(error)))?
             .ok_or_else(|| failed(HeaderError::NotARegularFile))?;
         let header = Header::read_from(&file, metadata.len()).map_err(failed)?;
-        let file = reader(file).map_err(|error| failed(HeaderError::Read(error)))?;
+        let file = reader(file, &metadata).map_err(|error| failed(HeaderError::Read(error)))?;
         Self::new(path, file, header, metadata.len())
     }
 
@@ -112,8 +131,18 @@ impl LayerReader {
         };
         fit.map_err(|cause| ReadError::Header { path: path.to_owned(), cause })?;
         let geometry = Geometry::new(&header, file_bytes);
-        let cache = PageCache::new(geometry.cluster_size());
-        Ok(Self { path: path.to_owned(), file, header, geometry, cache })
+        let pages = LayerPages::new(geometry.cluster_size(), 0, Arc::new(PageCache::new(LAYER_BYTES)));
+        Ok(Self { path: path.to_owned(), file, header, geometry, pages })
+    }
+
+    /// Keeps pages of tables in a cache that other layers use, too: this one is number `layer` there.
+    pub(super) fn share_pages(&mut self, layer: usize, cache: Arc<PageCache>) {
+        self.pages.share(layer, cache);
+    }
+
+    #[cfg(test)]
+    pub(super) fn pages(&self) -> &LayerPages {
+        &self.pages
     }
 
     /// The file's header.
@@ -267,11 +296,15 @@ impl LayerReader {
     }
 
     fn page(&self, host: HostOffset) -> Result<Page, ReadError> {
-        self.cache.page(&*self.file, host).map_err(|cause| self.io(host, cause))
+        self.pages.page(&*self.file, host).map_err(|cause| self.io(host, cause))
     }
 
     fn io(&self, host: HostOffset, cause: std::io::Error) -> ReadError {
-        ReadError::Io { path: self.path.clone(), host, cause }
+        let path = self.path.clone();
+        match cause.get_ref().is_some_and(|cause| cause.is::<Replaced>()) {
+            true => ReadError::Replaced { path },
+            false => ReadError::Io { path, host, cause },
+        }
     }
 
     fn shrunk(&self, host: HostOffset) -> ReadError {
@@ -333,6 +366,13 @@ pub struct Pieces<'a> {
     /// What was seen last, and may go on.
     pending: Option<(Range<u64>, Piece)>,
     failed: bool,
+}
+
+impl Pieces<'_> {
+    /// Gives back the page of a table that it holds. The cache has it, or it is read again.
+    pub(super) fn release_page(&mut self) {
+        self.segments.release_page();
+    }
 }
 
 impl Iterator for Pieces<'_> {

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 
 use super::error::{RbdError, check};
 use super::patience::{Patience, teardown};
+use crate::files;
 
 /// How to reach a cluster: what the `rbd` program takes on its command line.
 ///
@@ -60,6 +61,11 @@ pub(super) fn client_in(arguments: &str) -> Option<String> {
 /// Monitors that are up answer in milliseconds; librados's own limit of 300 s is a hang to a person.
 const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 
+/// Descriptors that must be left: 14 are taken by a connection to a monitor and two OSDs, and one more by each
+/// OSD. librados aborts the process where it lacks those for its threads, and tries to connect for ever where it
+/// lacks others.
+const FILES: usize = 32;
+
 /// librbd's default of 10 makes the per-object pass of a diff wait for round trips: 15,000 objects/s
 /// against 33,000 with 128.
 const CONCURRENT_MANAGEMENT_OPS: &CStr = c"128";
@@ -103,15 +109,16 @@ impl Cluster {
     ///
     /// # Errors
     /// [`RbdError::Failed`] for a configuration that cannot be read, monitors that do not answer, a
-    /// key that is refused; [`RbdError::NoKeyring`], [`RbdError::NoMonitors`], [`RbdError::NoAnswer`]
-    /// and [`RbdError::Cancelled`].
+    /// key that is refused; [`RbdError::NoKeyring`], [`RbdError::NoMonitors`], [`RbdError::NoAnswer`],
+    /// [`RbdError::TooManyFiles`] and [`RbdError::Cancelled`].
     pub fn connect(options: &ClusterOptions, patience: Patience) -> Result<Self, RbdError> {
-        let cluster = Self::configure(options, patience.clone())?;
         let client = options.client();
         let what = || match &options.mon_host {
             Some(hosts) => format!("connect to the cluster at {hosts} as {client}"),
             None => format!("connect to the cluster as {client}"),
         };
+        files::expect(FILES).map_err(|cause| RbdError::TooManyFiles { what: what(), cause })?;
+        let cluster = Self::configure(options, patience.clone())?;
         let limit = CONNECT_LIMIT.min(patience.limit);
         cluster.set(c"client_mount_timeout", &limit.as_secs().max(1).to_string())?;
         let handle = cluster.clone();

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
+use crate::files::Shortage;
+
 /// Why librados or librbd could not do something.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -68,6 +70,15 @@ pub enum RbdError {
     NotUnderstood {
         /// What was asked for.
         what: String,
+    },
+    /// So few files can be opened that librados would hang, or abort the process. It was not called.
+    #[error("cannot {what}")]
+    TooManyFiles {
+        /// What was asked for.
+        what: String,
+        /// How many may be open.
+        #[source]
+        cause: Shortage,
     },
     /// The loaded librbd is too old.
     #[error("cannot {what}: the librbd on this machine is too old, {since} or later is needed")]

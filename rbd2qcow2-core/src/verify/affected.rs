@@ -3,17 +3,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use super::{FINDINGS_KEPT, Finding};
+use super::{FINDINGS_KEPT, Finding, VerifyError};
 use crate::chain::{Catalogue, Point, PointName};
+use crate::files::Shortage;
 use crate::qcow2::layer::{LayerReader, Piece};
 
 /// Follows the damage in each layer upwards, as far as newer layers do not hold the range themselves.
 /// Only `points` are looked at.
+///
+/// # Errors
+/// [`VerifyError::TooManyFiles`].
 pub(super) fn affected(
     catalogue: &Catalogue,
     points: &BTreeSet<PointName>,
     damage: BTreeMap<PointName, Vec<Range<u64>>>,
-) -> BTreeMap<PointName, Vec<Finding>> {
+) -> Result<BTreeMap<PointName, Vec<Finding>>, VerifyError> {
     let mut findings: BTreeMap<PointName, Vec<Finding>> = BTreeMap::new();
     for (from, ranges) in damage.into_iter().filter(|(_, ranges)| !ranges.is_empty()) {
         let mut shown = vec![(from, ranges)];
@@ -21,7 +25,7 @@ pub(super) fn affected(
             let layers = catalogue.points().iter().chain(catalogue.bases());
             let children = layers.filter(|child| child.below() == Some(below));
             for child in children.filter(|child| points.contains(&child.name)) {
-                let ranges = shown_by(child, &ranges);
+                let ranges = shown_by(child, &ranges)?;
                 if ranges.is_empty() {
                     continue;
                 }
@@ -34,14 +38,18 @@ pub(super) fn affected(
             }
         }
     }
-    findings
+    Ok(findings)
 }
 
 /// What of `ranges` a point shows of the layers below its own.
-fn shown_by(point: &Point, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-    // A layer that cannot be opened shows nothing; its point is damaged on its own account.
-    let Ok(layer) = LayerReader::open(&point.path) else { return Vec::new() };
-    ranges.iter().flat_map(|range| seen_through(&layer, range)).collect()
+fn shown_by(point: &Point, ranges: &[Range<u64>]) -> Result<Vec<Range<u64>>, VerifyError> {
+    match LayerReader::open(&point.path) {
+        Ok(layer) => Ok(ranges.iter().flat_map(|range| seen_through(&layer, range)).collect()),
+        // It shows nothing; its point is damaged on its own account.
+        Err(cause) => {
+            Shortage::of(&cause).map_or(Ok(Vec::new()), |cause| Err(VerifyError::TooManyFiles(cause)))
+        }
+    }
 }
 
 /// What of a range is seen through a layer.

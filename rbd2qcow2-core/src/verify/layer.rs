@@ -12,6 +12,7 @@ use super::{FINDINGS_KEPT, Finding, Sample, VerifyError, VerifyImage};
 use crate::cancel::Cancel;
 use crate::chain::Point;
 use crate::chain::digests::{Content, DigestReader, DigestRecord, DigestsError};
+use crate::files::Shortage;
 use crate::qcow2::check::{CheckError, check};
 use crate::qcow2::error::ReadError;
 use crate::qcow2::layer::LayerReader;
@@ -29,10 +30,13 @@ pub(super) struct Verdict {
     pub(super) checked: u64,
     /// Whether there were digests to hold the content against.
     pub(super) verifiable: bool,
+    /// Why something could not be looked at, whatever that looks like.
+    shortage: Option<Shortage>,
 }
 
 impl Verdict {
     pub(super) fn find(&mut self, finding: Finding) {
+        self.shortage = self.shortage.or_else(|| Shortage::of(&finding));
         if self.findings.len() < FINDINGS_KEPT { self.findings.push(finding) } else { self.more += 1 }
     }
 }
@@ -48,11 +52,18 @@ pub(super) fn verify(
     above: Option<&Point>,
     run: &VerifyImage<'_>,
 ) -> Result<Verdict, VerifyError> {
+    let verdict = examine(point, above, run)?;
+    verdict.shortage.map_or(Ok(verdict), |cause| Err(VerifyError::TooManyFiles(cause)))
+}
+
+fn examine(point: &Point, above: Option<&Point>, run: &VerifyImage<'_>) -> Result<Verdict, VerifyError> {
     let digests = point.digests.as_path();
     let mut verdict = Verdict::default();
-    // A layer that cannot be opened is damage of its own point, and hides nothing.
-    if let Some(above) = above.and_then(|above| LayerReader::open(&above.path).ok()) {
-        verdict.damage = Damage::below(Arc::new(above));
+    match above.map(|above| LayerReader::open(&above.path)) {
+        None => {}
+        Some(Ok(above)) => verdict.damage = Damage::below(Arc::new(above)),
+        // A layer that cannot be opened is damage of its own point, and hides nothing.
+        Some(Err(cause)) => verdict.shortage = Shortage::of(&cause),
     }
     let layer = match LayerReader::open(&point.path) {
         Ok(layer) => layer,

@@ -17,6 +17,7 @@ use crate::compare::{Comparison, GRAIN};
 use crate::copy::{Copy, CopyError};
 use crate::error::Causes;
 use crate::extent::Extent;
+use crate::files::Shortage;
 use crate::layer::{LayerError, LayerWriter, Patch, SECTOR};
 use crate::progress::Progress;
 use crate::qcow2::chain::ChainReader;
@@ -110,13 +111,13 @@ pub(super) fn compare(
     };
     let chain = match ChainReader::open(&paths) {
         Ok(chain) => chain,
-        Err(cause) => return Ok(SourceVerdict::failed(&cause)),
+        Err(cause) => return unless_short(&cause, SourceVerdict::failed(&cause)),
     };
     let snapshot = match snapshots.find(manifest) {
         Ok(Found::Snapshot(snapshot)) => snapshot,
         Ok(Found::Gone(why)) => return Ok(SourceVerdict::not_compared(why)),
         Err(_) if run.cancel.is_set() => return Err(VerifyError::Cancelled),
-        Err(cause) => return Ok(SourceVerdict::failed(&*cause)),
+        Err(cause) => return unless_short(&*cause, SourceVerdict::failed(&*cause)),
     };
     let size = manifest.record.virtual_size;
     if snapshot.size() != size {
@@ -124,7 +125,11 @@ pub(super) fn compare(
         return Ok(SourceVerdict::of(vec![range], &manifest.record.snapshot));
     }
     let difference = Difference { chain: &chain, snapshot: &*snapshot, size, run, stop: run.cancel.part() };
-    match difference.find() {
+    let found = difference.find();
+    if let Some(cause) = found.as_ref().err().and_then(|error| Shortage::of(error)) {
+        return Err(VerifyError::TooManyFiles(cause));
+    }
+    match found {
         Ok(ranges) => Ok(SourceVerdict::of(ranges, &manifest.record.snapshot)),
         Err(_) if run.cancel.is_set() => Err(VerifyError::Cancelled),
         Err(CopyError::Source(
@@ -134,6 +139,10 @@ pub(super) fn compare(
         )) if cause.is::<ReadError>() => {
             let cause: Box<ReadError> = cause.downcast().expect("it was asked");
             let failed = SourceVerdict::failed(&*cause);
+            // Another file stands there now, of which nothing is known.
+            if matches!(*cause, ReadError::Replaced { .. }) {
+                return Ok(failed);
+            }
             Ok(SourceVerdict {
                 findings: vec![Finding::Read { range: 0..size, cause: Arc::new(*cause) }],
                 ..failed
@@ -142,6 +151,14 @@ pub(super) fn compare(
         Err(CopyError::Layer(LayerError::Write { cause, .. })) => Ok(SourceVerdict::failed(&*cause)),
         Err(error) => Ok(SourceVerdict::failed(&error)),
     }
+}
+
+/// What was found out, unless what hindered it was that no more files can be opened.
+fn unless_short(
+    cause: &(dyn std::error::Error + 'static),
+    verdict: SourceVerdict,
+) -> Result<SourceVerdict, VerifyError> {
+    Shortage::of(cause).map_or(Ok(verdict), |cause| Err(VerifyError::TooManyFiles(cause)))
 }
 
 /// All that takes part in a comparison.

@@ -9,6 +9,7 @@ use super::point::Link;
 use super::{Catalogue, PYTHON_ROOT, Point, PointKind, Problem};
 use crate::chain::manifest::{Manifest, ManifestError};
 use crate::chain::names::{FileKind, PointFile, PointName};
+use crate::files::Shortage;
 use crate::qcow2::header::Header;
 
 impl Catalogue {
@@ -25,8 +26,8 @@ impl Catalogue {
         };
         let header = examined.header();
         let link = header.as_ref().and_then(|header| self.link(name, header, &mut examined));
-        let base = link.and_then(|link| Some(self.read_base(link.base?, link.parent)));
-        let merged = self.merged_manifest(name, files, link);
+        let base = link.and_then(|link| Some(self.read_base(link.base?, link.parent, &mut examined)));
+        let merged = self.merged_manifest(name, files, link, &mut examined);
         let is_merged = merged.is_some();
         let digests = match is_merged && files.merged_digests {
             true => self.directory.join(self.file_of(name, FileKind::Digests).merged_name()),
@@ -66,15 +67,22 @@ impl Catalogue {
     }
 
     /// The layer that a point of this name has left, as a point. Its header was read before.
-    fn read_base(&self, name: PointName, parent: Option<PointName>) -> Point {
+    fn read_base(&self, name: PointName, parent: Option<PointName>, examined: &mut Examined) -> Point {
         let path = self.base_path(name, FileKind::Layer);
         let metadata = fs::symlink_metadata(&path).ok();
+        let header = Header::read(&path);
+        let header = header.map_err(|cause| {
+            // That it can be used was seen before.
+            if Shortage::of(&cause).is_some() {
+                examined.problems.push(Problem::Header { path: path.clone(), cause: cause.into() });
+            }
+        });
         Point {
             name,
             kind: None,
             parent,
             base: None,
-            header: Header::read(&path).ok(),
+            header: header.ok(),
             manifest: None,
             layer_bytes: metadata.as_ref().map_or(0, |metadata| metadata.blocks().saturating_mul(512)),
             file_bytes: metadata.map_or(0, |metadata| metadata.len()),
@@ -88,12 +96,27 @@ impl Catalogue {
 
     /// The manifest that a merge has put beside the other, if the layer is that of the merge: it builds
     /// upon something else than before.
-    fn merged_manifest(&self, name: PointName, files: &OfPoint, link: Option<Link>) -> Option<Manifest> {
+    fn merged_manifest(
+        &self,
+        name: PointName,
+        files: &OfPoint,
+        link: Option<Link>,
+        examined: &mut Examined,
+    ) -> Option<Manifest> {
         if !files.merged_manifest {
             return None;
         }
         let path = self.directory.join(self.file_of(name, FileKind::Manifest).merged_name());
-        let manifest = Manifest::read(&path, &self.image, name).ok()?;
+        let manifest = match Manifest::read(&path, &self.image, name) {
+            Ok(manifest) => manifest,
+            Err(cause) => {
+                // Whether it counts is not known then.
+                if Shortage::of(&cause).is_some() {
+                    examined.problems.push(Problem::Manifest { path, cause: cause.into() });
+                }
+                return None;
+            }
+        };
         (link == Some(Link::of(&manifest))).then_some(manifest)
     }
 

@@ -13,6 +13,8 @@ use crate::layer::{Compression, ExtendedL2};
 use crate::qcow2::file::ReadAt;
 use crate::qcow2::testing::{VARIANTS, make, qemu, qemu_io};
 
+mod on_demand;
+
 /// A chain that QEMU made, and what QEMU reads from it.
 struct Sample {
     directory: tempfile::TempDir,

@@ -50,6 +50,10 @@ impl<'a> Segments<'a> {
         Self { layer, rest: range, table: None, page: None }
     }
 
+    pub(super) fn release_page(&mut self) {
+        self.page = None;
+    }
+
     /// What stands at the start of the rest, and where that ends.
     fn step(&mut self) -> Result<(u64, Held), ReadError> {
         let geometry = &self.layer.geometry;
