@@ -95,15 +95,18 @@ fn draw(listing: &Listing, now: Timestamp, lines: &mut Vec<Line<{ COLUMNS.len() 
                 virtual_size(point, listing.parent(point)),
                 human::size(point.layer_bytes),
                 needed_by[line.point].to_string(),
-                marks(point).to_owned(),
+                marks(listing, point).to_owned(),
             ])
         }));
     }
 }
 
 /// What is special about a point.
-fn marks(point: &Point) -> &'static str {
+fn marks(listing: &Listing, point: &Point) -> &'static str {
     let held = point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some());
+    if listing.catalogue.ancestry(point.name).is_err_and(|problem| problem.is_denied()) {
+        return "unreadable";
+    }
     match (point.sound, held) {
         (true, false) => "",
         (true, true) => "held",

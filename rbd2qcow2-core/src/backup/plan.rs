@@ -13,7 +13,7 @@ use crate::rbd::{Granularity, Image, ImageInfo, Snapshot};
 #[derive(Clone, Debug)]
 pub struct Plan {
     base: Option<Base>,
-    /// Why the backup is full where it need not be.
+    /// Why the backup is full where it need not be, or builds upon another point than the newest.
     reason: Option<String>,
 }
 
@@ -64,15 +64,30 @@ impl Backup<'_> {
         if self.options.full {
             return Ok(Plan::full(Some("--full asks for it".into())));
         }
-        let Some(newest) = catalogue.newest() else { return Ok(Plan::full(None)) };
+        for lost in catalogue.lost() {
+            log::warn!("{}: {}", self.image, catalogue.no_such_point(lost.name));
+        }
+        let lost = catalogue.newest_lost().map(|lost| {
+            format!("point {}, the newest, is lost: {} is missing", lost.name, lost.path.display())
+        });
+        let Some(newest) = catalogue.newest() else { return Ok(Plan::full(lost)) };
         if let Err(problem) = catalogue.ancestry(newest.name) {
-            let reason = format!("the chain is damaged: {}", Causes(&problem));
+            let what =
+                if problem.is_denied() { "this user may not read the chain" } else { "the chain is damaged" };
+            let reason = format!("{what}: {}", Causes(&problem));
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }
         Ok(match self.base_of(newest, &head.info()?, &head.snapshots()?) {
-            Ok(snapshot) => Plan { base: Some(Base { point: newest.clone(), snapshot }), reason: None },
-            Err(reason) => Plan::full(Some(reason)),
+            Ok(snapshot) => {
+                // What the image holds is compared with that snapshot, so nothing of the lost point is needed.
+                let reason = lost.map(|lost| format!("{lost}; this builds upon {}", newest.name));
+                Plan { base: Some(Base { point: newest.clone(), snapshot }), reason }
+            }
+            Err(reason) => {
+                let of = newest.name;
+                Plan::full(Some(lost.map_or(reason.clone(), |lost| format!("{lost}; and of {of}: {reason}"))))
+            }
         })
     }
 

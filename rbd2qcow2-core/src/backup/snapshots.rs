@@ -132,12 +132,17 @@ impl Backup<'_> {
         head: &Image,
         chain: &ChainWriter,
     ) -> Result<(), BackupError> {
+        // Once what is left of them was moved away, nobody else would know whose their snapshots are.
+        let lost = chain.catalogue().lost().iter().filter_map(|lost| lost.manifest.as_ref());
+        chain.retire(&lost.map(|manifest| manifest.record.chain).collect::<Vec<_>>())?;
         let announced = chain.announced()?;
         let mut own = chain.own_chains()?;
         own.extend(announced.iter().map(|note| note.snapshot.chain));
         let unfinished = own_snapshots(&head.snapshots()?, &own)
             .into_iter()
-            .filter(|name| chain.catalogue().point(name.point).is_none());
+            // Of a point that is lost it may be all that is left.
+            .filter(|name| chain.catalogue().point(name.point).is_none())
+            .filter(|name| !chain.catalogue().is_missed(name.point));
         for name in unfinished {
             log::info!("{}: removing snapshot {name}, which is that of no point", self.image);
             match pool.remove_snapshot(self.image, &name.to_string()) {
@@ -190,7 +195,7 @@ impl Backup<'_> {
         let result = source.image().snapshots().and_then(|snapshots| {
             let mut names = own_snapshots(&snapshots, &own);
             // The next backup's base, whatever time the others claim to be of.
-            names.retain(|name| *name != newest);
+            names.retain(|name| *name != newest && !chain.catalogue().is_missed(name.point));
             names.sort_by_key(|name| std::cmp::Reverse(name.point));
             for name in names.iter().skip(self.options.keep_snapshots.saturating_sub(1)) {
                 match pool.remove_snapshot(self.image, &name.to_string()) {
