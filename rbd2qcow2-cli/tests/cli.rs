@@ -31,6 +31,8 @@ mod killed;
 mod large;
 #[path = "cli/list.rs"]
 mod list;
+#[path = "cli/lost.rs"]
+mod lost;
 #[path = "cli/mount.rs"]
 mod mount;
 #[path = "cli/program.rs"]
@@ -53,6 +55,8 @@ mod rig;
 mod serve;
 #[path = "cli/usage.rs"]
 mod usage;
+#[path = "cli/users.rs"]
+mod users;
 #[path = "cli/verify.rs"]
 mod verify;
 #[path = "cli/vm.rs"]

@@ -339,8 +339,10 @@ fn damage_is_a_warning() {
             " └ 20241123T173307Z incr 2024-11-23 17:33 977 KiB 0 broken",
         ]
     );
-    let [warning] = warnings(&listed)[..] else { panic!("{listed:?}") };
+    let [warning, lost] = warnings(&listed)[..] else { panic!("{listed:?}") };
     assert!(warning.ends_with("builds upon point 20241122T173312Z, which is missing"), "{warning}");
+    assert!(lost.starts_with("point 20241122T173312Z is lost: its layer "), "{lost}");
+    assert!(lost.contains("is missing; point 20241123T173307Z needs it; bring that file back"), "{lost}");
 }
 
 #[test]
@@ -359,6 +361,14 @@ fn an_empty_directory_holds_nothing() {
     assert_eq!(list(&backups, &[]).stdout, "0 images, 0 points, files of 0 B\n");
     let json = list(&backups, &["--json"]);
     assert_eq!((json.status, json.stdout.as_str()), (Some(0), ""));
+    // It may just not be mounted.
+    let warning = format!("warning: {} is empty; is the file system mounted", backups.path().display());
+    assert!(json.stderr.starts_with(&warning), "{json:?}");
+    fs::create_dir(backups.path().join("lost+found")).unwrap();
+    let listed = list(&backups, &[]);
+    assert_eq!(listed.status, Some(0), "{listed:?}");
+    assert!(listed.stderr.contains("holds no image's backups, only "), "{listed:?}");
+    assert!(listed.stderr.contains("lost+found; is the file system mounted"), "{listed:?}");
 }
 
 #[test]

@@ -168,7 +168,7 @@ pub fn create_directory(directory: &Path, parent: &Path) -> Result<(), ChainErro
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(ChainError::io("create the directory", directory)(error)),
         Ok(()) => {
-            let given = Owner::of_images_in(parent).and_then(|owner| {
+            let given = Owner::of_images_in(parent, directory).and_then(|owner| {
                 // Not through a link that somebody has put in its place.
                 let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
                 let mut options = File::options();
@@ -225,6 +225,8 @@ pub(crate) mod fault {
         Fail,
         /// This step and all later ones do nothing, as if the process had died before it.
         Crash,
+        /// The step fails, and so many steps later the process dies.
+        FailThenCrash(usize),
         /// The process is killed before the step.
         Kill,
     }
@@ -257,7 +259,12 @@ pub(crate) mod fault {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             injector.steps.push(format!("{operation} {name}"));
             match injector.fault {
-                Some((at, Fault::Fail)) if number == at => Err(io::Error::other("injected failure")),
+                Some((at, Fault::Fail | Fault::FailThenCrash(_))) if number == at => {
+                    Err(io::Error::other("injected failure"))
+                }
+                Some((at, Fault::FailThenCrash(later))) if number > at + later => {
+                    Err(io::Error::other("injected crash"))
+                }
                 Some((at, Fault::Crash)) if number >= at => Err(io::Error::other("injected crash")),
                 Some((at, Fault::Kill)) if number == at => {
                     let own = rustix::process::getpid();
@@ -294,6 +301,27 @@ mod tests {
         sync_directory(directory.path()).expect("synced");
         assert!(remove(&place).expect("removed"));
         assert!(!remove(&place).expect("nothing to remove"));
+    }
+
+    #[test]
+    fn a_new_directory_is_not_for_everybody() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let directory = parent.path().join("vm");
+        create_directory(&directory, parent.path()).expect("created");
+        let mode = || fs::metadata(&directory).expect("there").permissions().mode() & 0o7777;
+        assert_eq!(mode() & 0o707, 0o700);
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("changed");
+        create_directory(&directory, parent.path()).expect("it is there");
+        assert_eq!(mode(), 0o755, "what is there stays as it is");
+    }
+
+    #[test]
+    fn a_rename_whose_answer_was_lost_counts() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (aside, place) = (directory.path().join(".a.partial"), directory.path().join("a"));
+        fs::write(&place, b"one").expect("written");
+        rename_new(&aside, &place).expect("it is done");
+        rename_new(&aside, &directory.path().join("b")).expect_err("there is nothing to rename");
     }
 
     #[test]

@@ -37,12 +37,15 @@ impl Owner {
         Self::of_all(directory, |name| PointFile::parse(name).is_some_and(is_layer))
     }
 
-    /// That of all images' directories in a destination.
+    /// That of all directories in a destination that may be those of images, but for the `new` one.
     ///
     /// # Errors
     /// The destination cannot be listed or looked at.
-    pub(super) fn of_images_in(dest: &Path) -> io::Result<Self> {
-        Self::of_all(dest, |name| ImageName::decode(name).is_ok() && dest.join(name).is_dir())
+    pub(super) fn of_images_in(dest: &Path, new: &Path) -> io::Result<Self> {
+        Self::of_all(dest, |name| {
+            let path = dest.join(name);
+            ImageName::decode(name).is_ok() && path != new && path.is_dir()
+        })
     }
 
     /// That of all entries of a directory whose names are such. Where there are none, or they do not have the
