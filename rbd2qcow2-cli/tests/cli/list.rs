@@ -143,14 +143,14 @@ fn what_runs_left_behind_is_told_unless_one_is_writing() {
     let backups = two_images();
     let directory = backups.image("db");
     fs::write(directory.join(".db@20241124T173307Z.qcow2.partial"), vec![1; 8192]).unwrap();
-    fs::write(directory.join("db@20241124T173307Z.json"), b"{}").unwrap();
+    fs::write(directory.join("db@20241124T173307Z.digests"), b"{}").unwrap();
     let listed = list(&backups, &[]);
     let [warning] = warnings(&listed)[..] else { panic!("{listed:?}") };
     assert!(warning.starts_with(r#"image "db": 2 files of a run that did not end, "#), "{warning}");
     assert!(warning.contains(".qcow2.partial") && warning.contains("the next backup of the image removes"));
     // Each of them is named to those who want to know more.
     let verbose = list(&backups, &["-v"]);
-    assert!(verbose.stderr.contains("db@20241124T173307Z.json is left over"), "{verbose:?}");
+    assert!(verbose.stderr.contains("db@20241124T173307Z.digests is left over"), "{verbose:?}");
 
     let lock = ChainLock::exclusive(&directory).unwrap();
     let listed = list(&backups, &[]);

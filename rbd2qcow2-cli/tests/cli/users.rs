@@ -143,10 +143,7 @@ fn what_may_not_be_read_is_not_damaged() {
         let told = other.run(words);
         assert_eq!(told.status, Some(1), "{words:?}: {told:?}");
         let text = format!("{}{}", told.stdout, told.stderr);
-        assert!(
-            text.contains("Permission denied") || text.contains("ermission denied"),
-            "{words:?}: {told:?}"
-        );
+        assert!(text.to_lowercase().contains("permission denied"), "{words:?}: {told:?}");
         for word in ["damaged", "broken", "is lost"] {
             assert!(!text.contains(word), "{words:?}: {told:?}");
         }

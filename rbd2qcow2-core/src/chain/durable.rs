@@ -71,7 +71,7 @@ pub fn seal(file: &File, path: &Path) -> Result<(), ChainError> {
 /// [`ChainError::Io`]. The file may have another owner or mode then.
 pub fn take_after(path: &Path, old: &Path) -> Result<(), ChainError> {
     fault::step("take after", path).map_err(ChainError::io("give the owner of the old file to", path))?;
-    let file = File::open(path).map_err(ChainError::io("open", path))?;
+    let (file, _) = in_place::regular(path)?;
     let before = match fs::symlink_metadata(old) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(ChainError::io("look at", old))?,

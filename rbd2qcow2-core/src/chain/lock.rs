@@ -102,7 +102,11 @@ impl ChainLock {
                 Err(error) if is_read_only(&error) => return Ok(None),
                 other => other.map_err(|cause| not_opened(&path, cause))?,
             },
-            other => other.map_err(|cause| not_opened(&path, cause))?,
+            other => {
+                let file = other.map_err(|cause| not_opened(&path, cause))?;
+                owner::as_neighbours(&file, &path);
+                file
+            }
         };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => {
@@ -166,7 +170,7 @@ fn open_or_create(path: &Path) -> io::Result<File> {
         }
         other => other?,
     };
-    // Older versions have left it to root.
+    // What is there already, too: older versions have left it to root.
     owner::as_neighbours(&file, path);
     Ok(file)
 }
