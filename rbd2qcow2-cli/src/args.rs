@@ -64,7 +64,7 @@ many points would be lost with this one. An arrow tells that the image had grown
 
 Needs no cluster. Whatever is not as it should be (damage, files left over, chains that are not
 continued) is a warning on standard error and does not change the exit status; the points that can
-still be made out are listed.";
+still be made out are listed. A file that may not be read does: 1.";
 
 const VERIFY_EXAMPLES: &str = "\
 Examples:
@@ -84,7 +84,7 @@ point that is the same as its snapshot is `ok`.
 
 With --source points are also compared with the RBD snapshots that they were taken from, bit for bit:
 the proof that the backups lack nothing. Usually only the newest point of an image still has one.
-The exit status is 1 when anything is damaged or suspect.";
+The exit status is 1 when anything is damaged or suspect, or when there was nothing to verify.";
 
 /// Back up Ceph RBD images into chains of qcow2 files.
 ///

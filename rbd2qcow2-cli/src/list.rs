@@ -9,7 +9,7 @@ use crate::args::{ListArgs, OutputArgs};
 use crate::console::Console;
 use crate::json::JsonLines;
 use crate::outcome::{CommandError, Outcome};
-use crate::{human, names};
+use crate::{human, names, points};
 
 mod listing;
 mod long;
@@ -43,10 +43,19 @@ enum ListError {
         #[source]
         cause: ChainError,
     },
+    /// This user may not read a file.
+    #[error("not all of image {image:?} could be looked at")]
+    NotAllowed {
+        /// The image.
+        image: String,
+        /// Which file.
+        #[source]
+        cause: ChainError,
+    },
 }
 
 /// Lists points. Damage is told on standard error and changes nothing about the outcome; an image
-/// that could not be listed at all does.
+/// that could not be listed, or not all of it, does.
 ///
 /// # Errors
 /// The directory could not be read, or standard output failed.
@@ -55,13 +64,17 @@ pub fn run(args: &ListArgs, output: &OutputArgs, console: &Console) -> Result<Ou
     for path in &found.foreign {
         log::debug!("{} is no directory of an image", path.display());
     }
-    let (images, mut failures) = select(args, found.images);
+    let (images, mut failures) = select(args, &found.images);
     let mut listings = Vec::new();
     for image in images {
         match Listing::read(&args.dest, &image) {
             Ok(listing) => listings.push(listing),
             Err(cause) => failures.push(ListError::Read { image: image.as_str().to_owned(), cause }),
         }
+    }
+    failures.extend(listings.iter().filter_map(not_allowed));
+    if listings.is_empty() && failures.is_empty() {
+        console.line(&format!("warning: {}", points::nothing_in(&args.dest, &found)));
     }
     let now = Timestamp::now();
     match write(&listings, output, now) {
@@ -80,9 +93,9 @@ pub fn run(args: &ListArgs, output: &OutputArgs, console: &Console) -> Result<Ou
 }
 
 /// The images that were asked for among those that are there, each once.
-fn select(args: &ListArgs, there: Vec<ImageName>) -> (Vec<ImageName>, Vec<ListError>) {
+fn select(args: &ListArgs, there: &[ImageName]) -> (Vec<ImageName>, Vec<ListError>) {
     if args.images.is_empty() {
-        return (there, Vec::new());
+        return (there.to_vec(), Vec::new());
     }
     let unknown = args.images.iter().filter(|asked| !there.iter().any(|image| image.as_str() == *asked));
     let unknown = unknown.map(|asked| ListError::UnknownImage {
@@ -91,8 +104,18 @@ fn select(args: &ListArgs, there: Vec<ImageName>) -> (Vec<ImageName>, Vec<ListEr
         hint: names::alike(asked, there.iter().map(ImageName::as_str)),
     });
     let failures = unknown.collect();
-    let asked = there.into_iter().filter(|image| args.images.iter().any(|asked| image.as_str() == asked));
-    (asked.collect(), failures)
+    let asked = there.iter().filter(|image| args.images.iter().any(|asked| image.as_str() == asked));
+    (asked.cloned().collect(), failures)
+}
+
+/// A file that this user may not read, if there is one: what is not known is not damaged.
+fn not_allowed(listing: &Listing) -> Option<ListError> {
+    let problem = listing.catalogue.problems().iter().find(|problem| problem.is_denied())?;
+    let cause = ChainError::NotAllowed {
+        path: problem.path().to_owned(),
+        cause: io::ErrorKind::PermissionDenied.into(),
+    };
+    Some(ListError::NotAllowed { image: listing.catalogue.image().as_str().to_owned(), cause })
 }
 
 /// What to do about a destination that cannot be listed.

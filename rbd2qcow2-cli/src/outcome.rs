@@ -48,6 +48,12 @@ pub enum CommandError {
     /// The directory of the backups could not be read.
     #[error(transparent)]
     Destination(ChainError),
+    /// There is nothing to verify.
+    #[error("nothing was verified: {nothing}")]
+    NothingThere {
+        /// What was looked at, and what to check.
+        nothing: String,
+    },
     /// The directory of one image was named instead of the directory of all.
     #[error("{error}; say `{command}`")]
     ImageDirectory {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use rbd2qcow2_core::chain::catalogue::Images;
 use rbd2qcow2_core::chain::names::NameError;
 use rbd2qcow2_core::chain::{ImageName, PointName};
 
@@ -81,6 +82,20 @@ pub fn find(
         Ok(point) => Ok((image, Some(point))),
         Err(cause) => Err(NotFound::Point { asked: asked.to_owned(), cause }),
     }
+}
+
+/// Says of the destination `dest`, which holds no image, what was found there, and what to check.
+pub fn nothing_in(dest: &Path, found: &Images) -> String {
+    let others = match &found.foreign[..] {
+        [] => "is empty".to_owned(),
+        [only] => format!("holds no image's backups, only {}", only.display()),
+        [first, ..] => format!("holds no image's backups, only {} and the like", first.display()),
+    };
+    format!(
+        "{} {others}; is the file system mounted that should be there, and is this the directory that \
+         `backup` was given?",
+        dest.display()
+    )
 }
 
 #[cfg(test)]

@@ -83,8 +83,11 @@ struct Totals {
 /// The directory could not be read, the names and rules do not go together, or standard output failed.
 pub fn run(args: &PruneArgs, output: &OutputArgs, console: &Console) -> Result<Outcome, CommandError> {
     let cancel = signals::stop().map_err(CommandError::Signals)?;
-    let there = chain::images_in(&args.dest).map_err(CommandError::Destination)?.images;
-    let (wanted, failures) = select(args, &there)?;
+    let found = chain::images_in(&args.dest).map_err(CommandError::Destination)?;
+    let (wanted, failures) = select(args, &found.images)?;
+    if found.images.is_empty() {
+        console.line(&format!("warning: nothing to prune: {}", points::nothing_in(&args.dest, &found)));
+    }
     let mut failures: Vec<_> = failures.into_iter().map(ImageError::from).collect();
     let (zone, now) = (local_zone(), Timestamp::now());
     let mut totals = Totals::default();

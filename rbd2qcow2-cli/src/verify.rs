@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use indicatif::ProgressBar;
@@ -29,6 +30,18 @@ enum ImageError {
     /// There is no such image, or no such point.
     #[error(transparent)]
     NotFound(#[from] NotFound),
+    /// There is nothing to look at.
+    #[error(
+        "nothing of image {image:?} was verified: {} holds no points of it; is the file system mounted that \
+         should be there, and was a backup of the image ever completed?",
+        directory.display()
+    )]
+    NoPoints {
+        /// The image.
+        image: String,
+        /// Where they would be.
+        directory: PathBuf,
+    },
     /// The library could not look at the image.
     #[error("cannot verify image {image:?}")]
     Verify {
@@ -59,7 +72,8 @@ struct Line<'a> {
 /// Verifies points until all are done or a signal comes.
 ///
 /// # Errors
-/// The directory could not be read, or standard output failed; damage is no error here.
+/// The directory could not be read or holds nothing to verify, or standard output failed; damage is no error
+/// here.
 pub fn run(
     args: &VerifyArgs,
     cluster: &ClusterOptions,
@@ -67,8 +81,12 @@ pub fn run(
     console: &Console,
 ) -> Result<Outcome, CommandError> {
     let cancel = signals::stop().map_err(CommandError::Signals)?;
-    let there = chain::images_in(&args.dest).map_err(CommandError::Destination)?.images;
-    let (wanted, mut failures) = select(args, &there);
+    let found = chain::images_in(&args.dest).map_err(CommandError::Destination)?;
+    let (wanted, mut failures) = select(args, &found.images);
+    if wanted.is_empty() && failures.is_empty() {
+        // A proof of nothing must not look like one of everything.
+        return Err(CommandError::NothingThere { nothing: points::nothing_in(&args.dest, &found) });
+    }
     let snapshots = match connect(args, cluster, &cancel) {
         Err(RbdError::Cancelled) => return Ok(Outcome::Interrupted),
         snapshots => snapshots.map_err(CommandError::Cluster)?,
@@ -86,6 +104,11 @@ pub fn run(
                 continue;
             }
         };
+        if reports.is_empty() {
+            let directory = chain::image_directory(&args.dest, image);
+            failures.push(ImageError::NoPoints { image: image.as_str().to_owned(), directory });
+            continue;
+        }
         warn_of_nothing_compared(image, &reports);
         for report in &reports {
             if matches!(report.status, VerifyStatus::Damaged | VerifyStatus::Suspect) {

@@ -33,6 +33,8 @@ mod large;
 mod list;
 #[path = "cli/long_chains.rs"]
 mod long_chains;
+#[path = "cli/lost.rs"]
+mod lost;
 #[path = "cli/mount.rs"]
 mod mount;
 #[path = "cli/program.rs"]
@@ -55,6 +57,8 @@ mod rig;
 mod serve;
 #[path = "cli/usage.rs"]
 mod usage;
+#[path = "cli/users.rs"]
+mod users;
 #[path = "cli/verify.rs"]
 mod verify;
 #[path = "cli/vm.rs"]

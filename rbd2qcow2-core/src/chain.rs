@@ -29,12 +29,13 @@ pub mod lock;
 pub mod manifest;
 mod merge;
 pub mod names;
+mod owner;
 mod planned;
 mod retired;
 mod suspect;
 
 pub use announcement::Announcement;
-pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
+pub use catalogue::{Catalogue, LostPoint, Point, PointKind, Problem, images_in};
 pub use error::ChainError;
 pub use manifest::{Manifest, Record};
 pub use merge::{MergedLayer, Onto, PendingMerge};
@@ -153,11 +154,11 @@ impl ChainWriter {
     /// something else gets no lock file, and none is created.
     ///
     /// # Errors
-    /// [`ChainError::NoSuchImage`] also when there are no points, and those of `open`.
+    /// [`ChainError::NoSuchImage`] also when there are no points, not even lost ones, and those of `open`.
     pub fn open_existing(dest: &Path, image: &ImageName) -> Result<Self, ChainError> {
         let path = image_directory(dest, image);
         match Catalogue::read(&path, image) {
-            Ok(catalogue) if catalogue.points().is_empty() => Err(ChainError::NoSuchImage { path }),
+            Ok(catalogue) if catalogue.is_empty() => Err(ChainError::NoSuchImage { path }),
             // The destination itself may be what is missing, which has its own words.
             Err(ChainError::NoSuchImage { .. }) if !dest.exists() => {
                 Err(ChainError::DestinationMissing { path: dest.to_owned() })
@@ -173,10 +174,23 @@ impl ChainWriter {
             // What makes them superfluous may be a name that a power failure would take back.
             durable::sync_directory(&self.directory)?;
         }
-        for path in self.catalogue.leftovers() {
-            log::info!("removing {}, left behind by an interrupted run", path.display());
-            if durable::remove(path)? {
-                self.removed.push(path.clone());
+        let is_manifest = |path: &&PathBuf| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.and_then(PointFile::parse).is_some_and(|file| file.kind == FileKind::Manifest)
+        };
+        let (manifests, others): (Vec<_>, Vec<_>) =
+            self.catalogue.leftovers().iter().cloned().partition(|path| is_manifest(&path));
+        // A manifest that has lost what is beside it would be that of a lost point.
+        for (files, last) in [(manifests, false), (others, true)] {
+            let before = self.removed.len();
+            for path in files {
+                log::info!("removing {}, left behind by an interrupted run", path.display());
+                if durable::remove(&path)? {
+                    self.removed.push(path);
+                }
+            }
+            if !last && self.removed.len() > before {
+                durable::sync_directory(&self.directory)?;
             }
         }
         if !self.removed.is_empty() {
@@ -404,8 +418,8 @@ impl PendingLayer<'_> {
     ///
     /// In this order: the digests are completed and synced; the layer's header is read once more and
     /// compared with `record`, the layer is made read-only and synced; the manifest is written aside
-    /// and synced; digests and manifest get their names and the directory is synced; the layer gets
-    /// its name, which is the commit; the directory is synced again.
+    /// and synced, and so is the directory; digests and manifest get their names and the directory is
+    /// synced; the layer gets its name, which is the commit; the directory is synced again.
     ///
     /// # Errors
     /// With [`ChainError::CommitUncertain`] the point has its name, but may not survive a power
@@ -435,6 +449,9 @@ impl PendingLayer<'_> {
             bytes.map_err(|cause| ChainError::Manifest { path: self.paths.manifest.clone(), cause })?;
         durable::write_aside(&self.paths.manifest_partial, &bytes)?;
         self.files.push(self.paths.manifest_partial.clone());
+        // The manifest must not get its name where the layer beside it could still lose its own: that is
+        // what tells an interrupted run from a lost point.
+        durable::sync_directory(&self.writer.directory)?;
         durable::rename_new(&self.paths.digests_partial, &self.paths.digests)?;
         self.files.push(self.paths.digests.clone());
         durable::rename_new(&self.paths.manifest_partial, &self.paths.manifest)?;
@@ -465,10 +482,19 @@ impl PendingLayer<'_> {
 
 impl Drop for PendingLayer<'_> {
     fn drop(&mut self) {
-        for path in &self.files {
+        // The reason for the drop is reported by whoever dropped it.
+        let warn = |error| log::warn!("{}; the next run tries again", Causes(&error));
+        let manifest = &self.paths.manifest;
+        if self.files.contains(manifest) {
+            // Without the layer beside it this would be the manifest of a lost point: it goes first, for good.
+            let removed = durable::remove(manifest);
+            if let Err(error) = removed.and_then(|_| durable::sync_directory(&self.writer.directory)) {
+                return warn(error);
+            }
+        }
+        for path in self.files.iter().filter(|path| *path != manifest) {
             if let Err(error) = durable::remove(path) {
-                // The reason for the drop is reported by whoever dropped it.
-                log::warn!("{}; the next run tries again", Causes(&error));
+                warn(error);
             }
         }
     }

@@ -52,14 +52,18 @@ impl OpenPoint {
             Err(error) => return Err(ChainError::io("look at", &directory)(error).into()),
         }
         // A directory of something else gets no lock file.
-        if Catalogue::read(&directory, image)?.points().is_empty() {
+        if Catalogue::read(&directory, image)?.is_empty() {
             return Err(unknown());
         }
         let lock = ChainLock::shared(&directory)?;
         let catalogue = Catalogue::read(&directory, image)?;
-        let newest = catalogue.newest().ok_or_else(unknown)?;
+        // Who wants the newest must not get an older one without a word.
+        let lost = point.or(catalogue.newest_lost().map(|lost| lost.name));
+        if let Some(name) = lost.filter(|name| catalogue.lost().iter().any(|lost| lost.name == *name)) {
+            return Err(broken(&catalogue, name, catalogue.no_such_point(name)));
+        }
         let found = match point {
-            None => newest,
+            None => catalogue.newest().ok_or_else(unknown)?,
             Some(name) => catalogue.point(name).ok_or_else(|| PointError::UnknownPoint {
                 image: image.clone(),
                 point: name,
@@ -149,13 +153,19 @@ impl OpenPoint {
 }
 
 fn open_chain(catalogue: &Catalogue, name: PointName) -> Result<ChainReader, PointError> {
-    let paths = catalogue.layers(name).map_err(|problem: Problem| PointError::Broken {
-        image: catalogue.image().clone(),
-        point: name,
-        whole: catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect(),
-        cause: problem.into(),
+    let paths = catalogue.layers(name).map_err(|problem| {
+        let path = problem.path().to_owned();
+        match problem.is_denied() {
+            true => ChainError::NotAllowed { path, cause: io::ErrorKind::PermissionDenied.into() }.into(),
+            false => broken(catalogue, name, problem),
+        }
     })?;
     ChainReader::open_to_read_once(&paths).map_err(|cause| damaged(catalogue, name, cause.into()))
+}
+
+fn broken(catalogue: &Catalogue, point: PointName, cause: Problem) -> PointError {
+    let whole = catalogue.points().iter().filter(|point| point.sound).map(|point| point.name).collect();
+    PointError::Broken { image: catalogue.image().clone(), point, whole, cause: cause.into() }
 }
 
 fn damaged(catalogue: &Catalogue, point: PointName, cause: Box<ReadError>) -> PointError {

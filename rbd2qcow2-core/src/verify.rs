@@ -8,16 +8,18 @@
 //! followed upwards through the chain: a point is affected unless a newer layer holds the range itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::path::Path;
 
 use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
-use crate::chain::names::PointFile;
+use crate::chain::names::{FileKind, PointFile};
 use crate::chain::{
     Catalogue, ChainError, Doubt, ImageName, Point, PointName, Problem, Suspicion, image_directory,
 };
 use crate::files::Shortage;
 use crate::progress::Amount;
+use crate::qcow2::open_regular;
 
 mod affected;
 mod coverage;
@@ -169,7 +171,7 @@ pub struct VerifyImage<'a> {
 
 impl VerifyImage<'_> {
     /// Verifies the points and, once each, all layers that they build upon. Reports on the points
-    /// that were asked for, the oldest first.
+    /// that were asked for, the oldest first; on none where the image has none. A lost point is damaged.
     ///
     /// Holds the chain's lock with other readers until the end. Blocks while it reads all data, or a
     /// sample; takes some 40 MiB, and 3 clusters for each thread.
@@ -184,6 +186,7 @@ impl VerifyImage<'_> {
         let catalogue = Catalogue::read(&directory, self.image)?;
         let wanted = self.wanted(&catalogue)?;
         let needed = with_ancestors(&catalogue, &wanted);
+        check_allowed(&catalogue, &needed)?;
         let mut verdicts = BTreeMap::new();
         // What a base has lost is told of the point that builds upon it.
         let mut of_bases: BTreeMap<PointName, Vec<Finding>> = BTreeMap::new();
@@ -241,15 +244,36 @@ impl VerifyImage<'_> {
 
     fn wanted(&self, catalogue: &Catalogue) -> Result<Vec<PointName>, VerifyError> {
         if self.points.is_empty() {
-            return Ok(catalogue.points().iter().map(|point| point.name).collect());
+            let lost = catalogue.lost().iter().map(|lost| lost.name);
+            let all: BTreeSet<_> = catalogue.points().iter().map(|point| point.name).chain(lost).collect();
+            return Ok(all.into_iter().collect());
         }
         for name in self.points {
-            if let (None, Err(problem)) = (catalogue.point(*name), catalogue.ancestry(*name)) {
+            let is_lost = catalogue.lost().iter().any(|lost| lost.name == *name);
+            if let (None, false, Err(problem)) = (catalogue.point(*name), is_lost, catalogue.ancestry(*name))
+            {
                 return Err(VerifyError::NoSuchPoint(problem));
             }
         }
         Ok(self.points.iter().copied().collect::<BTreeSet<_>>().into_iter().collect())
     }
+}
+
+/// Refuses files that this user may not read: that is not damage.
+fn check_allowed(catalogue: &Catalogue, needed: &BTreeSet<PointName>) -> Result<(), ChainError> {
+    for point in needed.iter().filter_map(|name| catalogue.layer(*name)) {
+        let manifest = catalogue.path_of(point.name, FileKind::Manifest);
+        for path in [&point.path, &manifest, &point.digests] {
+            match open_regular(path) {
+                Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+                    return Err(ChainError::NotAllowed { path: path.clone(), cause });
+                }
+                // What else there is to say of it is said where it is read.
+                _ => {}
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What was found out about a single layer.

@@ -104,6 +104,9 @@ fn draw(listing: &Listing, now: Timestamp, lines: &mut Vec<Line<{ COLUMNS.len() 
 /// What is special about a point.
 fn marks(listing: &Listing, point: &Point) -> String {
     let held = point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some());
+    if listing.catalogue.ancestry(point.name).is_err_and(|problem| problem.is_denied()) {
+        return "unreadable".to_owned();
+    }
     let suspect = listing.catalogue.suspicion(point).is_some();
     let marks = [(!point.sound, "broken"), (suspect, "suspect"), (held, "held")];
     let marks: Vec<_> = marks.into_iter().filter_map(|(is_so, mark)| is_so.then_some(mark)).collect();

@@ -16,7 +16,8 @@ const SKEW: Duration = Duration::from_secs(60);
 
 /// All of it, as texts of one or several lines. `now` tells which points are named in the future.
 pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
-    let problems = listing.catalogue.problems().iter();
+    // That something may not be read is an error of its own.
+    let problems = listing.catalogue.problems().iter().filter(|problem| !problem.is_denied());
     let mut found: Vec<_> = problems.map(|problem| human::causes_block(problem)).collect();
     let image = format!("image {:?}", listing.catalogue.image().as_str());
     let mut about = |text: Option<String>| found.extend(text.map(|text| format!("{image}: {text}")));
@@ -30,7 +31,7 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
             about(half_merged(listing));
         }
     }
-    if listing.catalogue.points().is_empty() && !matches!(listing.activity, Activity::Writing(_)) {
+    if listing.catalogue.is_empty() && !matches!(listing.activity, Activity::Writing(_)) {
         about(Some("no backup of it was completed yet".to_owned()));
     }
     for suspicion in listing.catalogue.suspicions() {

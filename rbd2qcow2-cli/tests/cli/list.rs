@@ -143,14 +143,14 @@ fn what_runs_left_behind_is_told_unless_one_is_writing() {
     let backups = two_images();
     let directory = backups.image("db");
     fs::write(directory.join(".db@20241124T173307Z.qcow2.partial"), vec![1; 8192]).unwrap();
-    fs::write(directory.join("db@20241124T173307Z.json"), b"{}").unwrap();
+    fs::write(directory.join("db@20241124T173307Z.digests"), b"{}").unwrap();
     let listed = list(&backups, &[]);
     let [warning] = warnings(&listed)[..] else { panic!("{listed:?}") };
     assert!(warning.starts_with(r#"image "db": 2 files of a run that did not end, "#), "{warning}");
     assert!(warning.contains(".qcow2.partial") && warning.contains("the next backup of the image removes"));
     // Each of them is named to those who want to know more.
     let verbose = list(&backups, &["-v"]);
-    assert!(verbose.stderr.contains("db@20241124T173307Z.json is left over"), "{verbose:?}");
+    assert!(verbose.stderr.contains("db@20241124T173307Z.digests is left over"), "{verbose:?}");
 
     let lock = ChainLock::exclusive(&directory).unwrap();
     let listed = list(&backups, &[]);
@@ -339,8 +339,10 @@ fn damage_is_a_warning() {
             " └ 20241123T173307Z incr 2024-11-23 17:33 977 KiB 0 broken",
         ]
     );
-    let [warning] = warnings(&listed)[..] else { panic!("{listed:?}") };
+    let [warning, lost] = warnings(&listed)[..] else { panic!("{listed:?}") };
     assert!(warning.ends_with("builds upon point 20241122T173312Z, which is missing"), "{warning}");
+    assert!(lost.starts_with("point 20241122T173312Z is lost: its layer "), "{lost}");
+    assert!(lost.contains("is missing; point 20241123T173307Z needs it; bring that file back"), "{lost}");
 }
 
 #[test]
@@ -359,6 +361,14 @@ fn an_empty_directory_holds_nothing() {
     assert_eq!(list(&backups, &[]).stdout, "0 images, 0 points, files of 0 B\n");
     let json = list(&backups, &["--json"]);
     assert_eq!((json.status, json.stdout.as_str()), (Some(0), ""));
+    // It may just not be mounted.
+    let warning = format!("warning: {} is empty; is the file system mounted", backups.path().display());
+    assert!(json.stderr.starts_with(&warning), "{json:?}");
+    fs::create_dir(backups.path().join("lost+found")).unwrap();
+    let listed = list(&backups, &[]);
+    assert_eq!(listed.status, Some(0), "{listed:?}");
+    assert!(listed.stderr.contains("holds no image's backups, only "), "{listed:?}");
+    assert!(listed.stderr.contains("lost+found; is the file system mounted"), "{listed:?}");
 }
 
 #[test]

@@ -86,6 +86,37 @@ fn unknown_names_are_told_and_the_others_verified() {
     }
 }
 
+/// A proof of nothing is none.
+#[test]
+fn nothing_to_verify_is_no_success() {
+    let backups = Backups::new();
+    let dest = backups.path().display().to_string();
+    for args in [&[][..], &["--json"], &["-q"], &["--sample", "5"]] {
+        let told = verify(backups.path(), args);
+        assert_eq!((told.status, told.stdout.as_str()), (Some(1), ""), "{args:?}: {told:?}");
+        let words = format!("error: nothing was verified: {dest} is empty; is the file system mounted");
+        assert!(told.stderr.starts_with(&words), "{args:?}: {told:?}");
+    }
+    fs::create_dir(backups.path().join("lost+found")).unwrap();
+    let told = verify(backups.path(), &[]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+    assert!(told.stderr.contains(&format!("only {dest}/lost+found; is the file system")), "{told:?}");
+    // An image whose first backup never ended, alone and among others, named and not.
+    fs::create_dir(backups.image("db")).unwrap();
+    fs::write(backups.image("db").join(".lock"), "").unwrap();
+    backups.add("web", "0123abcd", "2026-11-22T17:33:12Z");
+    for args in [&[][..], &["--json"], &["db"], &["web", "db"], &["--sample", "5"]] {
+        let told = verify(backups.path(), args);
+        assert_eq!(told.status, Some(1), "{args:?}: {told:?}");
+        let words = format!(r#"error: nothing of image "db" was verified: {dest}/db holds no points of it"#);
+        assert!(told.stderr.contains(&words), "{args:?}: {told:?}");
+        assert_eq!(told.stdout.contains("20261122T173312Z"), args != ["db"], "{args:?}: {told:?}");
+    }
+    assert_eq!(verify(backups.path(), &["web"]).status, Some(0));
+    let told = verify(backups.path(), &["web", "nothing"]);
+    assert_eq!(told.status, Some(1), "{told:?}");
+}
+
 #[test]
 fn what_a_backup_made_is_ok_until_a_byte_of_it_changes() {
     let cluster = cluster_or_skip!("verify::what_a_backup_made_is_ok_until_a_byte_of_it_changes");

@@ -15,7 +15,8 @@ use crate::source::librbd::{BaseSnapshot, Distrust};
 #[derive(Clone, Debug)]
 pub struct Plan {
     base: Option<Base>,
-    /// Why the backup is full where it need not be, or compares the whole image where it need not.
+    /// Why the backup is full where it need not be, compares the whole image where it need not, or builds upon
+    /// another point than the newest.
     reason: Option<String>,
 }
 
@@ -119,12 +120,39 @@ impl Backup<'_> {
         if self.options.full {
             return Ok(Plan::full(Some("--full asks for it".into())));
         }
-        let Some(newest) = catalogue.newest() else { return Ok(Plan::full(None)) };
+        for lost in catalogue.lost() {
+            log::warn!("{}: {}", self.image, catalogue.no_such_point(lost.name));
+        }
+        let lost = catalogue.newest_lost().map(|lost| {
+            format!("point {}, the newest, is lost: {} is missing", lost.name, lost.path.display())
+        });
+        let Some(newest) = catalogue.newest() else { return Ok(Plan::full(lost)) };
         if let Err(problem) = catalogue.ancestry(newest.name) {
-            let reason = format!("the chain is damaged: {}", Causes(&problem));
+            let what =
+                if problem.is_denied() { "this user may not read the chain" } else { "the chain is damaged" };
+            let reason = format!("{what}: {}", Causes(&problem));
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }
+        let mut plan = self.plan_upon(catalogue, newest, head, before)?;
+        if let Some(lost) = lost {
+            plan.reason = Some(match plan.reason {
+                Some(reason) => format!("{lost}; and of {}: {reason}", newest.name),
+                // What the image holds is compared with what is there, so nothing of the lost point is needed.
+                None => format!("{lost}; this builds upon {}", newest.name),
+            });
+        }
+        Ok(plan)
+    }
+
+    /// The same, of a chain that can be built upon.
+    fn plan_upon(
+        &self,
+        catalogue: &Catalogue,
+        newest: &Point,
+        head: &Image,
+        before: Option<&Distrust>,
+    ) -> Result<Plan, BackupError> {
         if let Some(reason @ Distrust::BaseMapChanged { .. }) = before {
             return Ok(Plan::comparing(newest, Some(reason.to_string())));
         }

@@ -136,6 +136,9 @@ impl Backup<'_> {
         head: &Image,
         chain: &ChainWriter,
     ) -> Result<(), BackupError> {
+        // Once what is left of them was moved away, nobody else would know whose their snapshots are.
+        let lost = chain.catalogue().lost().iter().filter_map(|lost| lost.manifest.as_ref());
+        chain.retire(&lost.map(|manifest| manifest.record.chain).collect::<Vec<_>>())?;
         let announced = chain.announced()?;
         let mut own = chain.own_chains()?;
         own.extend(announced.iter().map(|note| note.snapshot.chain));
@@ -143,7 +146,9 @@ impl Backup<'_> {
         let guard = self.guard(chain.catalogue(), &head.info()?, &listed);
         let unfinished = own_snapshots(&listed, &own)
             .into_iter()
+            // Of a point that is lost it may be all that is left.
             .filter(|name| chain.catalogue().point(name.point).is_none())
+            .filter(|name| !chain.catalogue().is_missed(name.point))
             // Its point was pruned, and it is needed all the same.
             .filter(|name| guard.as_ref() != Some(&name.to_string()));
         for name in unfinished {
@@ -198,7 +203,7 @@ impl Backup<'_> {
         let result = source.image().snapshots().and_then(|snapshots| {
             let mut names = own_snapshots(&snapshots, &own);
             // The next backup's base, whatever time the others claim to be of.
-            names.retain(|name| *name != newest);
+            names.retain(|name| *name != newest && !chain.catalogue().is_missed(name.point));
             names.sort_by_key(|name| std::cmp::Reverse(name.point));
             // Where a snapshot may go on changing, the one before it tells: see `Plan`.
             let guards = usize::from(!source.info().features.has(Features::EXCLUSIVE_LOCK));

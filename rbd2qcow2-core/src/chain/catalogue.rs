@@ -15,15 +15,18 @@ use crate::files::Shortage;
 
 mod directory;
 mod examine;
+mod lost;
 mod point;
 mod problem;
 
 pub use directory::{Images, images_in};
+pub use lost::LostPoint;
 pub(super) use point::Link;
 pub use point::{Point, PointKind};
 pub use problem::Problem;
 
 use directory::{Files, OfPoint, Presence};
+use lost::Without;
 
 /// The empty image that the first layers of the Python tool build upon. Not a point.
 pub const PYTHON_ROOT: &str = "empty.qcow2";
@@ -39,6 +42,8 @@ pub struct Catalogue {
     image: ImageName,
     /// By name, so by time.
     points: Vec<Point>,
+    /// Points whose layer is gone, by name.
+    lost: Vec<LostPoint>,
     /// Layers that others build upon, of points that are gone.
     bases: Vec<Point>,
     problems: Vec<Problem>,
@@ -71,6 +76,7 @@ impl Catalogue {
             directory: directory.to_owned(),
             image: image.clone(),
             points: Vec::new(),
+            lost: Vec::new(),
             bases: Vec::new(),
             problems: std::mem::take(&mut files.problems),
             leftovers: Vec::new(),
@@ -85,7 +91,18 @@ impl Catalogue {
         let waits = |of_point: &OfPoint| of_point.merged_manifest || of_point.merged_digests;
         let unsettled = files.by_point.iter().filter(|(_, of_point)| waits(of_point));
         catalogue.unsettled = unsettled.map(|(name, _)| *name).collect();
-        for (&name, of_point) in &files.by_point {
+        for (&name, of_point) in &mut files.by_point {
+            if of_point.layer == Presence::Nothing && of_point.manifest == Presence::File {
+                match catalogue.without_layer(name) {
+                    Without::Nothing => of_point.layer = Presence::File,
+                    Without::LeftOver => {}
+                    Without::Lost(manifest) => catalogue.lose(name, manifest),
+                    Without::Unknown(problem) => {
+                        catalogue.problems.push(problem);
+                        (of_point.manifest, of_point.digests) = (Presence::Other, Presence::Other);
+                    }
+                }
+            }
             match of_point.layer {
                 Presence::Nothing => {}
                 Presence::File => {
@@ -95,6 +112,7 @@ impl Catalogue {
                 Presence::Other => catalogue.newest_unseen = Some(name),
             }
         }
+        catalogue.tell_of_lost();
         // Nothing that was not looked at is broken, or missing.
         let shortage = |problem: &Problem| Some((problem.path().to_owned(), Shortage::of(problem)?));
         if let Some((path, cause)) = catalogue.problems.iter().find_map(shortage) {
@@ -111,10 +129,16 @@ impl Catalogue {
         &self.points
     }
 
-    /// The newest point, sound or not.
+    /// The newest point that is there, sound or not.
     #[must_use]
     pub fn newest(&self) -> Option<&Point> {
         self.points.last()
+    }
+
+    /// Whether there is no point, not even a lost one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.points.is_empty() && self.lost.is_empty()
     }
 
     /// The point of the given name.
@@ -129,8 +153,8 @@ impl Catalogue {
         &self.problems
     }
 
-    /// What killed runs left behind: files being written, and manifests and digests without their
-    /// layer. The next run that writes removes them.
+    /// What killed runs left behind: files being written, and manifests and digests of such layers. The next
+    /// run that writes removes them, the manifests first: what is beside them tells that they are left over.
     #[must_use]
     pub fn leftovers(&self) -> &[PathBuf] {
         &self.leftovers
@@ -193,12 +217,16 @@ impl Catalogue {
         self.last_name
     }
 
-    /// The ids of all chains that have points here, that of the newest point last. A directory has
+    /// The ids of all chains that have points here, lost ones too, that of the newest point last. A directory has
     /// several when backups began anew.
     #[must_use]
     pub fn chain_ids(&self) -> Vec<ChainId> {
+        let points = self.points.iter().map(|point| (point.name, &point.manifest));
+        let lost = self.lost.iter().map(|lost| (lost.name, &lost.manifest));
+        let mut manifests: Vec<_> = points.chain(lost).collect();
+        manifests.sort_by_key(|(name, _)| *name);
         let mut ids = Vec::new();
-        for manifest in self.points.iter().filter_map(|point| point.manifest.as_ref()) {
+        for manifest in manifests.into_iter().filter_map(|(_, manifest)| manifest.as_ref()) {
             ids.retain(|id| *id != manifest.record.chain);
             ids.push(manifest.record.chain);
         }
@@ -259,10 +287,6 @@ impl Catalogue {
         Ok(paths)
     }
 
-    pub(super) fn no_such_point(&self, point: PointName) -> Problem {
-        Problem::NoSuchPoint { path: self.path_of(point, FileKind::Layer), point }
-    }
-
     /// The point of the given name, or else the base: the layer that a point of that name has left.
     pub(crate) fn layer(&self, name: PointName) -> Option<&Point> {
         self.point(name).or_else(|| self.base(name))
@@ -310,12 +334,14 @@ impl Catalogue {
 
     fn find_leftovers(&mut self, files: &Files) {
         let needed: BTreeSet<PointName> = self.points.iter().filter_map(|point| point.parent).collect();
-        self.leftovers = files.partial.clone();
+        let aside = self.kept_aside(files);
+        let mut partial = files.partial.clone();
+        partial.retain(|path| !aside.contains(path));
         let mut unused = Vec::new();
         // A layer of which nobody can tell what it builds upon may need any base, and so may one that was lost,
         // when it is brought back.
-        let lost = needed.iter().any(|name| self.point(*name).is_none());
-        if self.newest_unlinked().is_none() && !lost {
+        let missed = !self.lost.is_empty() || needed.iter().any(|name| self.point(*name).is_none());
+        if self.newest_unlinked().is_none() && !missed {
             for (&name, of_point) in files.by_point.iter().filter(|(name, _)| self.base(**name).is_none()) {
                 let kinds =
                     [(FileKind::Layer, of_point.base_layer), (FileKind::Digests, of_point.base_digests)];
@@ -324,11 +350,9 @@ impl Catalogue {
             }
         }
         self.unused_bases = !unused.is_empty();
-        self.leftovers.append(&mut unused);
         for (&name, of_point) in &files.by_point {
-            // Where a child still asks for the layer it was lost, not left over: what is known of
-            // it may be needed to mend the chain.
-            if of_point.layer != Presence::Nothing || needed.contains(&name) {
+            // What is known of a layer that is lost, and not left over, may be needed to mend the chain.
+            if of_point.layer != Presence::Nothing || self.is_missed(name) {
                 continue;
             }
             for (kind, presence) in
@@ -339,6 +363,8 @@ impl Catalogue {
                 }
             }
         }
+        self.leftovers.append(&mut partial);
+        self.leftovers.append(&mut unused);
     }
 }
 

@@ -14,13 +14,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode, RenameFlags};
 use rustix::io::Errno;
 
 use super::error::ChainError;
+use super::owner::{self, Owner};
 
 mod in_place;
 
@@ -50,8 +51,8 @@ pub fn write_aside(path: &Path, content: &[u8]) -> Result<(), ChainError> {
     })
 }
 
-/// Makes an open file read-only for its owner and nobody else's (mode 0400), and brings it to stable
-/// storage. Blocks until the disk has it.
+/// Makes an open file read-only for its owner and nobody else's (mode 0400), gives it to the owner of the
+/// files beside it where that is possible, and brings it to stable storage. Blocks until the disk has it.
 ///
 /// # Errors
 /// [`ChainError::Io`]. The file's content is then unknown: a second fsync may well succeed without
@@ -59,26 +60,24 @@ pub fn write_aside(path: &Path, content: &[u8]) -> Result<(), ChainError> {
 pub fn seal(file: &File, path: &Path) -> Result<(), ChainError> {
     fault::step("seal", path).map_err(ChainError::io("sync", path))?;
     rustix::fs::fchmod(file, Mode::RUSR).map_err(ChainError::io("make read-only", path))?;
+    owner::as_neighbours(file, path);
     file.sync_all().map_err(ChainError::io("sync", path))
 }
 
 /// Gives a file that is to replace `old` the owner and the mode of that one, but for the right to write,
-/// and brings that to stable storage.
+/// and brings that to stable storage. Where it cannot have that owner, a warning says so.
 ///
 /// # Errors
-/// [`ChainError::Io`], also where the owner is another who may not be given files. The file may have
-/// another owner or mode then.
+/// [`ChainError::Io`]. The file may have another owner or mode then.
 pub fn take_after(path: &Path, old: &Path) -> Result<(), ChainError> {
     fault::step("take after", path).map_err(ChainError::io("give the owner of the old file to", path))?;
-    let file = File::open(path).map_err(ChainError::io("open", path))?;
+    let (file, _) = in_place::regular(path)?;
     let before = match fs::symlink_metadata(old) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         other => other.map_err(ChainError::io("look at", old))?,
     };
-    let now = file.metadata().map_err(ChainError::io("look at", path))?;
-    if (now.uid(), now.gid()) != (before.uid(), before.gid()) {
-        std::os::unix::fs::fchown(&file, Some(before.uid()), Some(before.gid()))
-            .map_err(ChainError::io("give the owner of the old file to", path))?;
+    if let Err(error) = Owner::of(&before).take(&file) {
+        owner::tell(path, &error, true);
     }
     let mode = Mode::from_raw_mode(before.mode() & 0o555);
     rustix::fs::fchmod(&file, mode).map_err(ChainError::io("give the mode of the old file to", path))?;
@@ -102,7 +101,15 @@ pub fn rename_new(from: &Path, to: &Path) -> Result<(), ChainError> {
         },
         other => other.map_err(io::Error::from),
     };
-    renamed.map_err(ChainError::io("rename into place", to))
+    // Over a network the answer may be lost, and the second attempt then finds nothing to rename.
+    let is_done = || is_absent(from) && fs::symlink_metadata(to).is_ok();
+    renamed
+        .or_else(|error| if is_done() { Ok(()) } else { Err(error) })
+        .map_err(ChainError::io("rename into place", to))
+}
+
+fn is_absent(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Renames a file within a directory, over whatever has the new name.
@@ -146,6 +153,10 @@ pub fn sync_directory(directory: &Path) -> Result<(), ChainError> {
 
 /// Creates a directory, if there is none, and brings its name to stable storage.
 ///
+/// A new one belongs to the owner of those beside it, as far as that is possible. Others than its group may not even
+/// list it (mode 0750): the files in it are machines' disks, and their names tell which there are. A group may,
+/// since it can be given the files, too, for a machine that reads backups without being root.
+///
 /// Its parent is synced even when it was there: the run that created it may have been killed before
 /// it came to that.
 ///
@@ -153,11 +164,22 @@ pub fn sync_directory(directory: &Path) -> Result<(), ChainError> {
 /// [`ChainError::Io`].
 pub fn create_directory(directory: &Path, parent: &Path) -> Result<(), ChainError> {
     fault::step("create directory", directory).map_err(ChainError::io("create the directory", directory))?;
-    match fs::create_dir(directory) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(ChainError::io("create the directory", directory)(error));
+    match fs::DirBuilder::new().mode(0o750).create(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(ChainError::io("create the directory", directory)(error)),
+        Ok(()) => {
+            let given = Owner::of_images_in(parent, directory).and_then(|owner| {
+                // Not through a link that somebody has put in its place.
+                let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
+                let mut options = File::options();
+                options.read(true).custom_flags(flags.bits().cast_signed());
+                owner.take(&options.open(directory)?)
+            });
+            if let Err(error) = given {
+                // It is his who has made it, then.
+                owner::tell(directory, &error, false);
+            }
         }
-        _ => {}
     }
     sync_directory(parent)
 }
@@ -203,6 +225,8 @@ pub(crate) mod fault {
         Fail,
         /// This step and all later ones do nothing, as if the process had died before it.
         Crash,
+        /// The step fails, and so many steps later the process dies.
+        FailThenCrash(usize),
         /// The process is killed before the step.
         Kill,
     }
@@ -235,7 +259,12 @@ pub(crate) mod fault {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             injector.steps.push(format!("{operation} {name}"));
             match injector.fault {
-                Some((at, Fault::Fail)) if number == at => Err(io::Error::other("injected failure")),
+                Some((at, Fault::Fail | Fault::FailThenCrash(_))) if number == at => {
+                    Err(io::Error::other("injected failure"))
+                }
+                Some((at, Fault::FailThenCrash(later))) if number > at + later => {
+                    Err(io::Error::other("injected crash"))
+                }
                 Some((at, Fault::Crash)) if number >= at => Err(io::Error::other("injected crash")),
                 Some((at, Fault::Kill)) if number == at => {
                     let own = rustix::process::getpid();
@@ -272,6 +301,27 @@ mod tests {
         sync_directory(directory.path()).expect("synced");
         assert!(remove(&place).expect("removed"));
         assert!(!remove(&place).expect("nothing to remove"));
+    }
+
+    #[test]
+    fn a_new_directory_is_not_for_everybody() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let directory = parent.path().join("vm");
+        create_directory(&directory, parent.path()).expect("created");
+        let mode = || fs::metadata(&directory).expect("there").permissions().mode() & 0o7777;
+        assert_eq!(mode() & 0o707, 0o700);
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).expect("changed");
+        create_directory(&directory, parent.path()).expect("it is there");
+        assert_eq!(mode(), 0o755, "what is there stays as it is");
+    }
+
+    #[test]
+    fn a_rename_whose_answer_was_lost_counts() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (aside, place) = (directory.path().join(".a.partial"), directory.path().join("a"));
+        fs::write(&place, b"one").expect("written");
+        rename_new(&aside, &place).expect("it is done");
+        rename_new(&aside, &directory.path().join("b")).expect_err("there is nothing to rename");
     }
 
     #[test]

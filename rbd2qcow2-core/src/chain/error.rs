@@ -91,6 +91,19 @@ pub enum ChainError {
         #[source]
         cause: io::Error,
     },
+    /// This user may not open a file. Nothing is known to be wrong with it.
+    #[error(
+        "this user may not read {}: run as the user whose file it is, or have its owner or mode changed (chown, \
+         chmod, setfacl)",
+        path.display()
+    )]
+    NotAllowed {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        cause: io::Error,
+    },
     /// A name cannot be made.
     #[error("cannot name the point's files in {}", path.display())]
     Name {

@@ -5,6 +5,7 @@
 //!
 //! On disk: JSON, spelled and with a checksum as manifests are: `format` (1), `image`, `points`.
 
+use std::io;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::error::ChainError;
 use super::manifest::{ManifestError, read_bounded, signed, unsigned};
 use super::names::{FileKind, PointName};
-use super::{ChainWriter, FORGET_FILE, FORGET_PARTIAL, durable};
+use super::{ChainWriter, FORGET_FILE, FORGET_PARTIAL, Paths, durable};
 use crate::error::Causes;
 
 /// Longest note that is read, in bytes.
@@ -41,7 +42,7 @@ impl ChainWriter {
             points: points.iter().map(ToString::to_string).collect(),
         };
         let value = serde_json::to_value(forget);
-        let value = value.map_err(|error| ChainError::io("write", &path)(std::io::Error::from(error)))?;
+        let value = value.map_err(|error| ChainError::io("write", &path)(io::Error::from(error)))?;
         durable::write_aside(&partial, &signed(value))?;
         durable::replace(&partial, &path).inspect_err(|_| _ = durable::remove(&partial))?;
         durable::sync_directory(&self.directory)
@@ -75,7 +76,12 @@ impl ChainWriter {
         for name in points.into_iter().rev() {
             let points = || self.catalogue.points().iter();
             let needed = points().any(|point| point.parent == Some(name) && !gone.contains(&point.name));
-            let Some(point) = self.catalogue.point(name) else { continue };
+            let Some(point) = self.catalogue.point(name) else {
+                if self.forget_lost(name, &gone)? {
+                    gone.push(name);
+                }
+                continue;
+            };
             // It may have been held since the note was made.
             if needed || point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some()) {
                 continue;
@@ -103,22 +109,51 @@ impl ChainWriter {
 
     /// Removes the files of a point, which none that is there may build upon.
     ///
-    /// A point is its layer, so that goes first: manifest and digests without one are left-overs, which the
-    /// next run removes, while a layer without them would be a damaged point. The directory is synced in
+    /// This is the commit, backwards: the layer gets the name that it had while it was written, and from then
+    /// on there is no such point, only left-overs, which the next run removes. Then the manifest goes, and then
+    /// the rest: a manifest with no layer beside it would be that of a lost point. The directory is synced in
     /// between, or a power failure could bring back a layer, but not its manifest, or not the layer below.
     ///
     /// # Errors
     /// [`ChainError::Io`]. The point is there, whole, or gone but for left-overs.
     pub(crate) fn remove_point(&self, name: PointName) -> Result<(), ChainError> {
-        durable::remove(&self.catalogue.path_of(name, FileKind::Layer))?;
-        durable::sync_directory(&self.directory)?;
-        for kind in [FileKind::Manifest, FileKind::Digests] {
-            durable::remove(&self.catalogue.path_of(name, kind))?;
+        let Paths { layer, layer_partial, manifest, digests, .. } = Paths::new(self, name);
+        match durable::replace(&layer, &layer_partial) {
+            Err(ChainError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {}
+            // A new name may need room where there is none; and this is to make some. Killed right here, the
+            // run would leave what looks like a lost point.
+            Err(ChainError::Io { cause, .. }) if is_full(&cause) => _ = durable::remove(&layer)?,
+            renamed => renamed?,
         }
+        durable::sync_directory(&self.directory)?;
+        if durable::remove(&manifest)? {
+            durable::sync_directory(&self.directory)?;
+        }
+        durable::remove(&layer_partial)?;
+        durable::remove(&digests)?;
         match self.catalogue.point(name).and_then(|point| point.base) {
             Some(base) => self.drop_base(base),
             None => Ok(()),
         }
+    }
+
+    /// Removes what is left of a point that is to be forgotten, and has lost its layer: up to version 0.1.0 an
+    /// interrupted run could leave that. `gone` are points that are not there any more. Tells whether it did.
+    ///
+    /// # Errors
+    /// [`ChainError::Io`].
+    fn forget_lost(&self, name: PointName, gone: &[PointName]) -> Result<bool, ChainError> {
+        let Some(lost) = self.catalogue.lost().iter().find(|lost| lost.name == name) else {
+            return Ok(false);
+        };
+        let needed = lost.needed_by.iter().any(|above| !gone.contains(above));
+        // Whether it is held only its manifest tells.
+        if needed || lost.manifest.as_ref().is_none_or(|manifest| manifest.hold.is_some()) {
+            return Ok(false);
+        }
+        durable::remove(&self.catalogue.path_of(name, FileKind::Manifest))?;
+        durable::remove(&self.catalogue.path_of(name, FileKind::Digests))?;
+        Ok(true)
     }
 
     /// Goes on where an interrupted run has left off. What cannot be removed hinders nobody.
@@ -176,4 +211,8 @@ impl ChainWriter {
             Err(_) => not_understood("the list of points that are to go is damaged"),
         }
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

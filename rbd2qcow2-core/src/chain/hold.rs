@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::manifest::{Hold, MANIFEST_MAX, Manifest, ManifestError, read_bounded, with_hold};
 use super::names::{FileKind, ImageName, PointFile, PointName};
-use super::{Catalogue, ChainError, ChainWriter, durable};
+use super::{Catalogue, ChainError, ChainWriter, Problem, durable};
 
 /// Longest reason, in bytes. It is shown in one line.
 pub const REASON_MAX: usize = 1024;
@@ -29,6 +29,17 @@ pub enum HoldError {
         point: PointName,
         /// The points that it has, the oldest first.
         known: Vec<PointName>,
+    },
+    /// The point's layer is gone.
+    #[error("point {point} of image {:?} cannot be held or released", image.as_str())]
+    Lost {
+        /// The image.
+        image: ImageName,
+        /// The point.
+        point: PointName,
+        /// Which file is missing.
+        #[source]
+        cause: Box<Problem>,
     },
     /// A point of the Python tool has no manifest to write to.
     #[error(
@@ -92,8 +103,8 @@ pub fn hold(dest: &Path, image: &ImageName, point: PointName, hold: &Hold) -> Re
 /// Ends the hold of a point, and returns it. Takes the chain's lock for a moment.
 ///
 /// # Errors
-/// [`HoldError::Chain`], [`HoldError::UnknownPoint`], [`HoldError::Python`], [`HoldError::Manifest`],
-/// [`HoldError::NotHeld`].
+/// [`HoldError::Chain`], [`HoldError::UnknownPoint`], [`HoldError::Lost`], [`HoldError::Python`],
+/// [`HoldError::Manifest`], [`HoldError::NotHeld`].
 pub fn release(dest: &Path, image: &ImageName, point: PointName) -> Result<Hold, HoldError> {
     let writer = ChainWriter::open_existing(dest, image)?;
     let held = manifest(writer.catalogue(), point)?.hold.clone();
@@ -105,6 +116,10 @@ pub fn release(dest: &Path, image: &ImageName, point: PointName) -> Result<Hold,
 /// The manifest of a point, which must have one.
 fn manifest(catalogue: &Catalogue, point: PointName) -> Result<Manifest, HoldError> {
     let image = catalogue.image();
+    if catalogue.lost().iter().any(|lost| lost.name == point) {
+        let cause = catalogue.no_such_point(point).into();
+        return Err(HoldError::Lost { image: image.clone(), point, cause });
+    }
     let found = catalogue.point(point).ok_or_else(|| HoldError::UnknownPoint {
         image: image.clone(),
         point,
@@ -127,6 +142,7 @@ fn write(writer: &ChainWriter, point: PointName, hold: Option<&Hold>) -> Result<
     let bytes = read_bounded(&path, MANIFEST_MAX).and_then(|bytes| with_hold(&bytes, image, point, hold));
     let bytes = bytes.map_err(|cause| HoldError::Manifest { image: image.clone(), point, cause })?;
     durable::write_aside(&partial, &bytes)?;
+    durable::take_after(&partial, &path).inspect_err(|_| _ = durable::remove(&partial))?;
     durable::replace(&partial, &path).inspect_err(|_| _ = durable::remove(&partial))?;
     Ok(durable::sync_directory(writer.directory())?)
 }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
 use super::error::ChainError;
+use super::owner;
 
 /// Name of the lock file.
 pub const LOCK_FILE: &str = ".lock";
@@ -66,7 +67,7 @@ impl ChainLock {
     /// file system has no locks.
     pub fn exclusive(directory: &Path) -> Result<Self, ChainError> {
         let path = directory.join(LOCK_FILE);
-        let mut file = open(&path, true)?;
+        let mut file = open_or_create(&path).map_err(|cause| not_opened(&path, cause))?;
         let mut tries = TRIES;
         loop {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -97,13 +98,15 @@ impl ChainLock {
     pub fn shared(directory: &Path) -> Result<Option<Self>, ChainError> {
         let path = directory.join(LOCK_FILE);
         let mut file = match open(&path, false) {
-            Err(ChainError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
-                match open(&path, true) {
-                    Err(ChainError::Io { cause, .. }) if is_read_only(&cause) => return Ok(None),
-                    other => other?,
-                }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match open_or_create(&path) {
+                Err(error) if is_read_only(&error) => return Ok(None),
+                other => other.map_err(|cause| not_opened(&path, cause))?,
+            },
+            other => {
+                let file = other.map_err(|cause| not_opened(&path, cause))?;
+                owner::as_neighbours(&file, &path);
+                file
             }
-            other => other?,
         };
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
             Err(Errno::WOULDBLOCK) => {
@@ -126,8 +129,8 @@ impl ChainLock {
     pub fn writer(directory: &Path) -> Result<Option<Holder>, ChainError> {
         let path = directory.join(LOCK_FILE);
         let mut file = match open(&path, false) {
-            Err(ChainError::Io { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.map_err(|cause| not_opened(&path, cause))?,
         };
         match look(&file) {
             Err(Errno::WOULDBLOCK) => Ok(Some(Holder::Writer { pid: read_pid(&mut file) })),
@@ -148,11 +151,35 @@ impl Drop for ChainLock {
     }
 }
 
-fn open(path: &PathBuf, create: bool) -> Result<File, ChainError> {
+fn open(path: &Path, write: bool) -> io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
     let mut options = File::options();
-    options.read(true).write(create).create(create).mode(0o600).custom_flags(flags.bits().cast_signed());
-    options.open(path).map_err(ChainError::io("open the lock file", path))
+    options.read(true).write(write).custom_flags(flags.bits().cast_signed()).open(path)
+}
+
+/// Opens the file to write to it, after creating it where there is none. It belongs to the owner of the files
+/// beside it then, as far as that is possible: whoever runs first must not keep out everybody else for good.
+fn open_or_create(path: &Path) -> io::Result<File> {
+    let file = match open(path, true) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            match File::options().read(true).write(true).create_new(true).mode(0o600).open(path) {
+                // Somebody was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => open(path, true)?,
+                other => other?,
+            }
+        }
+        other => other?,
+    };
+    // What is there already, too: older versions have left it to root.
+    owner::as_neighbours(&file, path);
+    Ok(file)
+}
+
+fn not_opened(path: &Path, cause: io::Error) -> ChainError {
+    match cause.kind() {
+        io::ErrorKind::PermissionDenied => ChainError::NotAllowed { path: path.to_owned(), cause },
+        _ => ChainError::io("open the lock file", path)(cause),
+    }
 }
 
 fn is_read_only(error: &io::Error) -> bool {

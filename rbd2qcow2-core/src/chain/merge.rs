@@ -330,6 +330,7 @@ impl PendingMerge<'_> {
         let (waiting, manifest) = (beside(FileKind::Digests), beside(FileKind::Manifest));
         self.files.push(waiting.clone());
         if digests == self.paths.digests_partial {
+            durable::take_after(digests, &self.paths.digests)?;
             durable::replace(digests, &waiting)?;
         } else {
             durable::link(digests, &waiting)?;

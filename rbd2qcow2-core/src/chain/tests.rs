@@ -8,6 +8,9 @@ use super::durable::fault::{self, Fault};
 use super::manifest::tests::record;
 use super::*;
 
+mod lost;
+mod power;
+
 pub(crate) const CLUSTER_SIZE: u32 = 65536;
 
 /// Not a multiple of a sector: the layer is 511 bytes larger.
@@ -136,6 +139,7 @@ fn a_commit_keeps_its_order() {
         "seal .vm%2F1@20261122T173312Z.qcow2.partial",
         "create .vm%2F1@20261122T173312Z.json.partial",
         "seal .vm%2F1@20261122T173312Z.json.partial",
+        "sync directory vm%2F1",
         "rename vm%2F1@20261122T173312Z.digests",
         "rename vm%2F1@20261122T173312Z.json",
         "sync directory vm%2F1",
@@ -378,13 +382,15 @@ fn only_what_killed_runs_left_is_removed() {
         ".vm%2F2@20261122T173312Z.qcow2.partial",
         "vm%2F1@20261122T173312Z.qcow2.partial",
         ".vm%2F1@20261122T173312Z.qcow2",
+        // What is left of a lost point.
+        "vm%2F1@20261122T173313Z.json",
+        "vm%2F1@20261122T173313Z.digests",
     ];
     let leftovers = [
         ".vm%2F1@20261122T173312Z.qcow2.partial",
         ".vm%2F1@20261122T173312Z.json.partial",
         ".vm%2F1@20261122T173312Z.digests.partial",
         ".pending.json.partial",
-        "vm%2F1@20261122T173313Z.json",
         "vm%2F1@20261122T173314Z.digests",
     ];
     for name in foreign.iter().chain(&leftovers) {

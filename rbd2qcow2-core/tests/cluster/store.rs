@@ -77,7 +77,14 @@ impl Made {
     /// # Panics
     /// Unless the point builds upon `parent`.
     pub fn assert_upon(&self, parent: &Self) {
-        assert_eq!((self.kind, &self.reason), ("incremental", &None), "{self:?}");
+        assert_eq!(self.reason, None, "{self:?}");
+        self.assert_upon_because(parent);
+    }
+
+    /// # Panics
+    /// Unless the point builds upon `parent`, for whatever reason.
+    pub fn assert_upon_because(&self, parent: &Self) {
+        assert_eq!(self.kind, "incremental", "{self:?}");
         assert_eq!(self.manifest["parent"], parent.point);
     }
 

@@ -1,5 +1,6 @@
 //! What can be wrong with the files of an image.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -75,6 +76,20 @@ pub enum Problem {
         /// The missing point.
         parent: PointName,
     },
+    /// A layer is gone, while its manifest is there.
+    #[error(
+        "point {point} is lost: its layer {} is missing{}; bring that file back, or, if that cannot be done, move \
+         the point's other files away",
+        path.display(), NeededBy(needed_by)
+    )]
+    LayerMissing {
+        /// The layer.
+        path: PathBuf,
+        /// Its point.
+        point: PointName,
+        /// The points that cannot be read without it, the oldest first.
+        needed_by: Vec<PointName>,
+    },
     /// A layer and its manifest contradict each other, so one of them was changed or exchanged.
     #[error("the layer {} has the {what} {layer}, its manifest says {manifest}", path.display())]
     Disagreement {
@@ -123,6 +138,24 @@ pub enum Problem {
 }
 
 impl Problem {
+    /// Whether nothing is known to be wrong, but that this user may not read a file.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        let cause = match self {
+            Self::Unreadable { cause, .. } => cause,
+            Self::Header { cause, .. } => match &**cause {
+                HeaderError::Read(cause) => cause,
+                _ => return false,
+            },
+            Self::Manifest { cause, .. } => match &**cause {
+                ManifestError::Read(cause) => cause,
+                _ => return false,
+            },
+            _ => return false,
+        };
+        cause.kind() == io::ErrorKind::PermissionDenied
+    }
+
     /// The file that the problem is about.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -135,11 +168,30 @@ impl Problem {
             | Self::Truncated { path, .. }
             | Self::ForeignBacking { path, .. }
             | Self::ParentMissing { path, .. }
+            | Self::LayerMissing { path, .. }
             | Self::Disagreement { path, .. }
             | Self::Manifest { path, .. }
             | Self::DigestsMissing { path }
             | Self::DigestsLength { path, .. }
             | Self::NoSuchPoint { path, .. } => path,
+        }
+    }
+}
+
+/// Points that are named in a message, at most.
+const NAMED: usize = 5;
+
+/// Tells which points need something.
+struct NeededBy<'a>(&'a [PointName]);
+
+impl fmt::Display for NeededBy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let named: Vec<_> = self.0.iter().take(NAMED).map(ToString::to_string).collect();
+        match self.0.len() {
+            0 => Ok(()),
+            1 => write!(f, "; point {} needs it", named[0]),
+            more if more <= NAMED => write!(f, "; points {} need it", named.join(", ")),
+            more => write!(f, "; points {} and {} newer need it", named.join(", "), more - NAMED),
         }
     }
 }

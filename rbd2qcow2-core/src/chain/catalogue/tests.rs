@@ -99,24 +99,45 @@ fn a_missing_parent_is_named() {
     let Some(fixture) = Fixture::new() else { return };
     fs::remove_file(fixture.path(1, FileKind::Layer)).expect("removed");
     let catalogue = fixture.read();
-    let [Problem::ParentMissing { parent, .. }] = catalogue.problems() else {
+    let [Problem::ParentMissing { parent, .. }, lost @ Problem::LayerMissing { .. }] = catalogue.problems()
+    else {
         panic!("{:?}", catalogue.problems())
     };
     assert_eq!(*parent, point(POINTS[1]));
+    let text = lost.to_string();
+    let missing = fixture.path(1, FileKind::Layer);
+    let expected = format!(
+        "point {} is lost: its layer {} is missing; point {} needs it; bring that file back, ",
+        POINTS[1],
+        missing.display(),
+        POINTS[2]
+    );
+    assert!(text.starts_with(&expected), "{text}");
+    assert!(catalogue.newest_lost().is_none() && catalogue.is_missed(point(POINTS[1])));
     assert_eq!(catalogue.points().iter().map(|point| point.sound).collect::<Vec<_>>(), [true, false]);
     assert!(catalogue.leftovers().is_empty(), "the lost point's manifest is needed to mend the chain");
 }
 
 #[test]
-fn a_lost_newest_point_is_left_over() {
+fn a_lost_newest_point_is_no_left_over() {
     let Some(fixture) = Fixture::new() else { return };
     fs::remove_file(fixture.path(2, FileKind::Layer)).expect("removed");
     let catalogue = fixture.read();
-    assert!(catalogue.problems().is_empty());
-    assert_eq!(
-        catalogue.leftovers(),
-        [fixture.path(2, FileKind::Manifest), fixture.path(2, FileKind::Digests)]
-    );
+    assert!(matches!(catalogue.problems(), [Problem::LayerMissing { .. }]), "{:?}", catalogue.problems());
+    assert!(catalogue.leftovers().is_empty());
+    assert_eq!(catalogue.newest_lost().expect("the newest").name, point(POINTS[2]));
+    let lost = catalogue.ancestry(point(POINTS[2])).expect_err("it is lost");
+    assert!(matches!(lost, Problem::LayerMissing { .. }), "{lost}");
+    // Whatever is left of its manifest: somebody may mend it.
+    patch(&fixture.path(2, FileKind::Manifest), 10, b"!");
+    let catalogue = fixture.read();
+    assert!(catalogue.leftovers().is_empty() && catalogue.lost()[0].manifest.is_none());
+    assert_eq!(catalogue.chain_ids().len(), 1);
+    // Digests alone tell of nothing.
+    fs::remove_file(fixture.path(2, FileKind::Manifest)).expect("removed");
+    let catalogue = fixture.read();
+    assert_eq!(catalogue.leftovers(), [fixture.path(2, FileKind::Digests)]);
+    assert!(catalogue.problems().is_empty() && catalogue.lost().is_empty());
     // Its name is not given to another point while they are there.
     assert_eq!(catalogue.last_name(), Some(point(POINTS[2])));
 }

@@ -100,7 +100,7 @@ fn open_to_write(path: &Path, mode: u32) -> io::Result<File> {
     }
 }
 
-fn regular(path: &Path) -> Result<(File, fs::Metadata), ChainError> {
+pub(super) fn regular(path: &Path) -> Result<(File, fs::Metadata), ChainError> {
     let opened = open_regular(path).map_err(ChainError::io("open", path))?;
     opened.ok_or_else(|| ChainError::io("open", path)(io::Error::other("not a regular file")))
 }

@@ -41,11 +41,57 @@ fn the_newest_layer_is_missing() {
     let mut store = Store::new(&cluster);
     let (spec, [.., newest]) = chain_of_three(&mut store, "newest-missing");
     fs::remove_file(&newest.file).expect("a removal");
+    // What is left of the point, and its snapshot, are nobody's left-overs.
     store.freeze(&spec, &[&newest]);
-    // Without their layer these are left-overs, as those of a killed run are.
-    store.expect_removal(&newest.file.with_extension("json"));
-    store.expect_removal(&newest.file.with_extension("digests"));
-    begins_anew(&mut store, &spec, "gone from the cluster");
+    let snapshot = newest.manifest["snapshot"].as_str().expect("a name").to_owned();
+    let is_there = |store: &Store| {
+        let snapshots = store.driver.snaps(&spec).expect("snapshots");
+        snapshots.iter().any(|found| found.name == snapshot)
+    };
+    store.driver.write(&spec, 0, 5000, 4).expect("a write");
+    let root = store.back_up(&spec);
+    root.assert_full(Some(&format!("point {}, the newest, is lost: ", newest.point)));
+    root.assert_full(Some("gone from the cluster"));
+    assert!(is_there(&store));
+    store.driver.write(&spec, 5000, 5000, 5).expect("a write");
+    store.back_up(&spec).assert_upon(&root);
+    assert!(is_there(&store));
+    store.check_again();
+    // The snapshot goes when nothing tells of the point any more.
+    for suffix in ["json", "digests"] {
+        let path = newest.file.with_extension(suffix);
+        store.expect_removal(&path);
+        fs::remove_file(path).expect("a removal");
+    }
+    store.back_up(&spec);
+    assert!(!is_there(&store));
+    store.check_again();
+    store.purge(&spec);
+}
+
+/// Nor is the only point that there was.
+#[test]
+fn the_only_layer_is_missing() {
+    let cluster = cluster_or_skip!("the_only_layer_is_missing");
+    let mut store = Store::new(&cluster);
+    let spec = store.image("only-missing", 2 * MIB, &small_objects());
+    store.driver.write(&spec, 0, 400_000, 1).expect("a write");
+    let only = store.back_up(&spec);
+    fs::remove_file(&only.file).expect("a removal");
+    store.freeze(&spec, &[&only]);
+    let root = store.back_up(&spec);
+    root.assert_full(Some(&format!("point {}, the newest, is lost: ", only.point)));
+    assert_eq!(store.driver.snaps(&spec).expect("snapshots").len(), 2);
+    store.check_again();
+    // Its chain has no point and no manifest then, and is remembered all the same.
+    for suffix in ["json", "digests"] {
+        let path = only.file.with_extension(suffix);
+        store.expect_removal(&path);
+        fs::remove_file(path).expect("a removal");
+    }
+    store.back_up(&spec).assert_upon(&root);
+    assert_eq!(store.driver.snaps(&spec).expect("snapshots").len(), 1);
+    store.purge(&spec);
 }
 
 /// The point before it still has its snapshot, and is as good a base as any.
@@ -57,11 +103,13 @@ fn the_newest_layer_is_missing_and_an_older_base_is_there() {
     let (spec, [_, middle, newest]) = chain_of_three(&mut store, "older-base");
     fs::remove_file(&newest.file).expect("a removal");
     store.freeze(&spec, &[&newest]);
-    store.expect_removal(&newest.file.with_extension("json"));
-    store.expect_removal(&newest.file.with_extension("digests"));
     store.driver.write(&spec, 0, 5000, 4).expect("a write");
     let made = store.back_up(&spec);
-    made.assert_upon(&middle);
+    made.assert_upon_because(&middle);
+    let reason = made.reason.as_deref().expect("a reason");
+    let told = [&newest.point, &newest.file.display().to_string(), &format!("builds upon {}", middle.point)]
+        .map(|words| reason.contains(words));
+    assert_eq!(told, [true; 3], "{reason}");
     store.back_up(&spec).assert_upon(&made);
     store.check_again();
     store.purge(&spec);
