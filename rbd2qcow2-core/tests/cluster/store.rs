@@ -482,6 +482,7 @@ impl Store {
             .expect("a directory")
             .map(|entry| entry.expect("an entry").path())
             .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
+            .filter(|path| !path.ends_with(".suspect.json"))
             .filter_map(|path| serde_json::from_slice(&fs::read(path).ok()?).ok())
             .collect();
         let chains: BTreeSet<_> = manifests.iter().map(|manifest| text(manifest, "chain")).collect();
