@@ -24,6 +24,9 @@ const OVERHEAD: usize = 256;
 /// The cache is in so many parts, each with a lock and a share of the limit: threads seldom wait for each other.
 const PARTS: usize = 16;
 
+// Each part has room for some pages, whatever comes together there.
+const _: () = assert!(LAYER_BYTES / PARTS >= 8 * (PAGE_BYTES + OVERHEAD));
+
 /// A piece of the file that holds entries of a table.
 #[derive(Clone, Debug)]
 pub(super) struct Page {
@@ -67,7 +70,7 @@ pub(super) struct PageCache {
 type Key = (usize, u64);
 
 impl PageCache {
-    /// An empty one. What is kept takes `limit` bytes, of which a 16th is at least one page.
+    /// An empty one. What is kept takes `limit` bytes.
     pub(super) fn new(limit: usize) -> Self {
         Self::in_parts(limit, PARTS)
     }
@@ -198,10 +201,5 @@ mod tests {
             let page = pages.page(&file, HostOffset(4096)).expect("readable");
             assert_eq!(page.number(HostOffset(4096)), None);
         }
-    }
-
-    #[test]
-    fn a_cache_for_a_layer_holds_more_pages_than_parts() {
-        assert!(LAYER_BYTES / PARTS >= 8 * (PAGE_BYTES + OVERHEAD));
     }
 }
