@@ -393,6 +393,52 @@ impl Driver {
         self.act("rebuild_object_map", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
+    // --- Copies, trash, migration
+
+    /// Copies an image with all its snapshots to one that is not there yet.
+    pub fn deep_copy(&self, spec: &Spec, to: &Spec) -> Result<()> {
+        self.act("deep_copy", json!({ "spec": spec, "to": to }))
+    }
+
+    /// Moves an image to the trash and gives its id.
+    pub fn trash_move(&self, spec: &Spec) -> Result<String> {
+        self.ask("trash_move", json!({ "spec": spec }))
+    }
+
+    /// Takes an image out of the trash, under the name in `spec`.
+    pub fn trash_restore(&self, spec: &Spec, id: &str) -> Result<()> {
+        self.act("trash_restore", json!({ "spec": spec, "id": id }))
+    }
+
+    /// Removes an image that is in the trash; it must have no snapshot.
+    pub fn trash_remove(&self, spec: &Spec, id: &str) -> Result<()> {
+        self.act("trash_remove", json!({ "spec": spec, "id": id }))
+    }
+
+    /// Begins to move an image to `to`, which may be itself: then it gets another id. Nobody may have it
+    /// open for writing, the driver itself closes it.
+    ///
+    /// A snapshot that is there now must stay until the migration is committed: without it librbd aborts
+    /// the process of whoever writes to the image, the driver too.
+    pub fn migration_prepare(&self, spec: &Spec, to: &Spec, layout: &Layout) -> Result<()> {
+        self.act("migration_prepare", layout.with(json!({ "spec": spec, "to": to })))
+    }
+
+    /// Copies what is still in the source. `spec`: what the image was prepared to become.
+    pub fn migration_execute(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_execute", json!({ "spec": spec }))
+    }
+
+    /// Removes the source, all of which was copied.
+    pub fn migration_commit(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_commit", json!({ "spec": spec }))
+    }
+
+    /// Removes the new image; the source is what it was at the preparation.
+    pub fn migration_abort(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_abort", json!({ "spec": spec }))
+    }
+
     // --- Content
 
     /// Writes bytes without any pattern, none of which two seeds have in common.
@@ -430,6 +476,39 @@ impl Driver {
         self.act("read", json!({ "spec": spec, "snapshot": snapshot, "path": path }))
     }
 
+    /// As [`read_to`](Self::read_to), but from the objects themselves, as the OSDs hold them: what clients
+    /// see once the object maps are repaired, whatever they say now. An image that is migrating is read
+    /// through librbd all the same.
+    pub fn read_objects_to(&self, spec: &Spec, snapshot: Option<&str>, path: &Path) -> Result<()> {
+        self.act("read_objects", json!({ "spec": spec, "snapshot": snapshot, "path": path }))
+    }
+
+    /// As [`read`](Self::read), but from the objects themselves.
+    pub fn read_objects(&self, spec: &Spec, snapshot: Option<&str>) -> Result<Vec<u8>> {
+        let file = NamedTempFile::new().expect("a temporary file");
+        self.read_objects_to(spec, snapshot, file.path())?;
+        Ok(std::fs::read(file.path()).expect("what the driver read"))
+    }
+
+    /// Writes noise to one object of the image, as a client does whose snapshot context is an old one:
+    /// `seq` is the newest snapshot that it has heard of (0: none), `snaps` are those that it knows (see
+    /// [`snap_numbers`](Self::snap_numbers)). No object map learns of it.
+    #[allow(clippy::too_many_arguments)]
+    pub fn stale_write(
+        &self,
+        spec: &Spec,
+        object: u64,
+        offset: u64,
+        length: u64,
+        seed: u64,
+        seq: u64,
+        snaps: &[u64],
+    ) -> Result<()> {
+        let what = json!({ "spec": spec, "object": object, "offset": offset, "length": length,
+                           "seed": seed, "seq": seq, "snaps": snaps });
+        self.act("stale_write", what)
+    }
+
     /// The SHA-256 of the whole content, in hexadecimal digits.
     pub fn sha256(&self, spec: &Spec, snapshot: Option<&str>) -> Result<String> {
         self.ask("read", json!({ "spec": spec, "snapshot": snapshot, "path": null }))
@@ -463,9 +542,15 @@ impl Driver {
         self.act("snap_unprotect", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
-    /// The image's snapshots, in the order of their ids.
+    /// The image's snapshots, in the order of their ids; not those in the trash or of groups.
     pub fn snaps(&self, spec: &Spec) -> Result<Vec<Snap>> {
         self.look("snaps", json!({ "spec": spec }))
+    }
+
+    /// The ids of all snapshots, those in the trash included, newest first: the context in which librbd
+    /// writes.
+    pub fn snap_numbers(&self, spec: &Spec) -> Result<Vec<u64>> {
+        self.look("snap_numbers", json!({ "spec": spec }))
     }
 
     /// Makes the head what it was at the snapshot, its size included.
