@@ -250,6 +250,16 @@ impl Driver {
         }
     }
 
+    /// Freezes the child: it keeps its images open, and answers nobody. See [`thaw`](Self::thaw).
+    pub fn freeze(&self) {
+        self.child().signal("-STOP");
+    }
+
+    /// Lets the child go on.
+    pub fn thaw(&self) {
+        self.child().signal("-CONT");
+    }
+
     /// Kills the child, as librbd does now and then.
     pub fn kill(&self) {
         self.child().kill();
@@ -582,6 +592,11 @@ impl Process {
         Self { stdin: child.stdin.take(), child, answers }
     }
 
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill {signal}");
+    }
+
     /// Ends the child and tells how it ended.
     fn kill(&mut self) -> String {
         self.stdin = None;
@@ -593,6 +608,9 @@ impl Process {
 impl Drop for Process {
     /// Lets the child close its images, so that no lock of a dead client is left for others to wait for.
     fn drop(&mut self) {
+        // It may be frozen, where a test has failed.
+        let _ =
+            Command::new("kill").args(["-CONT", &self.child.id().to_string()]).stderr(Stdio::null()).status();
         self.stdin = None;
         // The child itself leaves 5 s after its input ended, whatever hangs.
         let give_up = Instant::now() + Duration::from_secs(10);

@@ -14,6 +14,7 @@ mod diff_truth;
 mod driver;
 mod driver_check;
 mod handles;
+mod held;
 mod prune_cases;
 mod random;
 mod restore_cases;
