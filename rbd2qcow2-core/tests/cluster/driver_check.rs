@@ -145,6 +145,9 @@ fn objects_are_what_librbd_shows() {
     driver.snap_create(&parent, "base").unwrap();
     driver.clone(&parent, "base", &child, &Layout::new(20, &["layering"])).unwrap();
     driver.write(&child, 500_000, 100, 3).unwrap();
+    // An object without a byte is there all the same, and hides the parent.
+    driver.discard(&child, 1 << 17, 1 << 17).unwrap();
+    driver.discard(&parent, 1 << ORDER, 1 << ORDER).unwrap();
     driver.resize(&child, 900_000).unwrap();
     driver.resize(&child, 2_000_001).unwrap();
     driver.snap_create(&child, "one").unwrap();
