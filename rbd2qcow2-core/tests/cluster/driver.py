@@ -366,6 +366,15 @@ class Driver:
 
     # --- A client that has not heard of the newest snapshots
 
+    def do_object_exists(self, spec, object):
+        with self.at(spec, None) as image:
+            name = f"{image.block_name_prefix()}.{object:016x}"
+        try:
+            self.pool(spec["pool"], spec["namespace"]).stat(name)
+        except rados.ObjectNotFound:
+            return False
+        return True
+
     def do_stale_write(self, spec, object, offset, length, seed, seq, snaps):
         with self.at(spec, None) as image:
             name = f"{image.block_name_prefix()}.{object:016x}"

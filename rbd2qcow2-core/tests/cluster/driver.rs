@@ -500,6 +500,11 @@ impl Driver {
         Ok(std::fs::read(file.path()).expect("what the driver read"))
     }
 
+    /// Whether the image's head has an object of its own, whatever its object map says.
+    pub fn object_exists(&self, spec: &Spec, object: u64) -> Result<bool> {
+        self.ask("object_exists", json!({ "spec": spec, "object": object }))
+    }
+
     /// Writes noise to one object of the image, as a client does whose snapshot context is an old one:
     /// `seq` is the newest snapshot that it has heard of (0: none), `snaps` are those that it knows (see
     /// [`snap_numbers`](Self::snap_numbers)). No object map learns of it.

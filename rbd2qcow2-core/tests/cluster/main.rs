@@ -15,6 +15,7 @@ mod driver;
 mod driver_check;
 mod handles;
 mod held;
+mod histories;
 mod prune_cases;
 mod random;
 mod restore_cases;
