@@ -97,7 +97,10 @@ impl Bars {
             shown: false,
             reads: ProgressBar::hidden(),
         };
-        self.state().running.push(running);
+        let mut state = self.state();
+        // Begun again.
+        state.running.retain(|running| running.image != image);
+        state.running.push(running);
     }
 
     /// An image has reached a stage.

@@ -19,14 +19,18 @@ use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
 use crate::restore::image::{INCOMPLETE_KEY, describe_incomplete};
-use crate::source::librbd::LibrbdSource;
+use crate::source::SourceError;
+use crate::source::librbd::{Doubt, LibrbdSource};
 use crate::turns::Turns;
 
 mod plan;
 mod snapshots;
+mod writers;
 
 pub use plan::Plan;
 use snapshots::{NewSnapshot, Taken};
+pub use writers::Unheard;
+use writers::Writers;
 
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
@@ -50,6 +54,9 @@ pub enum BackupError {
     /// The copy failed.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// What was read cannot be relied on.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The image is half of a restore.
     #[error(
         "the image is the unfinished restore of {of}: restore that again to finish it; if what it holds is good \
@@ -69,6 +76,9 @@ pub enum BackupError {
         /// The snapshot.
         snapshot: String,
     },
+    /// Clients that have the image open did not say that they know of the new snapshot.
+    #[error(transparent)]
+    Unheard(#[from] Unheard),
     /// A stop was asked for.
     #[error("interrupted; nothing of this backup was kept")]
     Cancelled,
@@ -114,13 +124,27 @@ impl Backup<'_> {
     /// Makes a point of the image, and tells how that went. Blocks.
     ///
     /// Whatever fails, points that existed stay as they are, and the report says what happened. When
-    /// this process dies meanwhile, the next run removes what it left.
+    /// this process dies meanwhile, the next run removes what it left. Where the cluster's word about the
+    /// image turned out to be worth nothing ([`Doubt`]), all is done once more, with another snapshot; the
+    /// observer is told of a new start then.
     #[must_use]
     pub fn run(&self) -> ImageReport {
         let start = Instant::now();
+        let (mut report, doubt) = self.attempt(None);
+        if let Some(doubt) = doubt.filter(|_| !self.cancel.is_set()) {
+            log::warn!("{}: {doubt}; trying once more", self.image);
+            (report, _) = self.attempt(Some(&doubt));
+        }
+        report.time = start.elapsed();
+        report
+    }
+
+    /// One attempt, and what cast doubt upon it. `before` is what did so the last time.
+    fn attempt(&self, before: Option<&Doubt>) -> (ImageReport, Option<Doubt>) {
         let mut report = ImageReport::new(self.image, Status::Failed);
+        let mut doubt = None;
         self.observer.started(self.image, &report.progress);
-        match self.run_to(&mut report) {
+        match self.run_to(before, &mut report) {
             Ok(status) => report.status = status,
             // The point may be there, whatever was asked for meanwhile.
             Err(error @ BackupError::Chain(ChainError::CommitUncertain { .. })) => {
@@ -129,15 +153,15 @@ impl Backup<'_> {
             Err(error) => {
                 // It was named, but there is no such point.
                 report.point = None;
+                doubt = error.doubt().cloned();
                 let error = if self.cancel.is_set() { BackupError::Cancelled } else { error };
                 report.error = Some(error.into());
             }
         }
-        report.time = start.elapsed();
-        report
+        (report, doubt)
     }
 
-    fn run_to(&self, report: &mut ImageReport) -> Result<Status, BackupError> {
+    fn run_to(&self, before: Option<&Doubt>, report: &mut ImageReport) -> Result<Status, BackupError> {
         let name = ImageName::new(self.image)?;
         // Whatever fails first ends the waits of everything else that this image is waiting for.
         let stop = self.cancel.part();
@@ -159,16 +183,20 @@ impl Backup<'_> {
 
         let chain = ChainWriter::open(self.dest, &name)?;
         self.remove_unfinished_snapshots(&pool, &head, &chain)?;
-        let plan = self.plan(chain.catalogue(), &head)?;
+        let plan = self.plan(chain.catalogue(), &head, before)?;
         plan.tell(report);
+        let writers = Writers::of(&pool, self.image, &head.info()?, &stop);
+        writers.answer()?;
         let snapshot = self.name_snapshot(&chain, &plan)?;
         report.point = Some(snapshot.point.to_string());
         drop(head);
 
         self.stage(Stage::Snapshot);
         let new_snapshot = NewSnapshot::take(&pool, self.image, snapshot, self.cancel, &chain)?;
+        writers.settle()?;
         let base = plan.base_snapshot();
-        let source = LibrbdSource::open(&pool, self.image, new_snapshot.name(), base, self.options.diff)?;
+        let source =
+            LibrbdSource::open(&pool, self.image, new_snapshot.name(), base.as_ref(), self.options.diff)?;
         if let Some(why) = source.fallback() {
             log::info!("{}: {why}; all objects are compared instead", self.image);
         }
@@ -190,7 +218,7 @@ impl Backup<'_> {
 
         self.stage(Stage::Commit);
         drop(turn);
-        let taken = self.still_there(&pool, &plan, &source, snapshot)?;
+        let taken = self.still_true(&pool, &plan, &source, snapshot)?;
         let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
         if self.cancel.is_set() {
             return Err(BackupError::Cancelled);
@@ -291,6 +319,19 @@ impl Backup<'_> {
     }
 }
 
+impl BackupError {
+    /// What casts doubt upon what was read; `None` where that is not why it failed.
+    fn doubt(&self) -> Option<&Doubt> {
+        let (Self::Copy(CopyError::Source(error)) | Self::Source(error)) = self else { return None };
+        match error {
+            SourceError::Segments { cause, .. }
+            | SourceError::Diff { cause, .. }
+            | SourceError::Unreliable { cause } => cause.downcast_ref(),
+            SourceError::Read { .. } => None,
+        }
+    }
+}
+
 /// Refuses an image whose metadata say that it is not yet what it is to be.
 fn refuse_half_restored(metadata: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<(), BackupError> {
     match metadata.get(INCOMPLETE_KEY) {
@@ -336,6 +377,7 @@ impl Backup<'_> {
                 overlap: info.overlap,
             }),
             diff_mode: source.mode().as_str().to_owned(),
+            object_map: source.map_digest(),
             data_extents: progress.data_extents.get(),
             data_bytes: progress.data.get(),
             zero_extents: progress.zero_extents.get(),

@@ -77,10 +77,9 @@ pub fn align_up(offset: u64, grain: u64) -> u64 {
 ///
 /// Where extents overlap against what their source promises, data wins.
 #[must_use]
-pub fn align(mut extents: Vec<Extent>, grain: u64, size: u64) -> Vec<Extent> {
-    extents.sort_unstable_by_key(|extent| (extent.offset, extent.kind));
+pub fn align(extents: Vec<Extent>, grain: u64, size: u64) -> Vec<Extent> {
     let mut aligned = Vec::with_capacity(extents.len());
-    for extent in coalesce(extents) {
+    for extent in join(extents) {
         let outer = align_down(extent.offset, grain)..align_up(extent.end(), grain).min(size);
         let inner_end = if extent.end() == size { size } else { align_down(extent.end(), grain) };
         let inner = align_up(extent.offset, grain)..inner_end;
@@ -95,6 +94,13 @@ pub fn align(mut extents: Vec<Extent>, grain: u64, size: u64) -> Vec<Extent> {
         aligned.extend(pieces.into_iter().filter_map(|(range, kind)| Extent::new(range, kind)));
     }
     coalesce(aligned)
+}
+
+/// The same bytes in ascending, disjoint extents. Where two of different kinds overlap, data wins.
+#[must_use]
+pub fn join(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.sort_unstable_by_key(|extent| (extent.offset, extent.kind));
+    coalesce(extents)
 }
 
 /// Gathers aligned extents (as [`align`] returns them) so that those that touch the same unit are

@@ -187,7 +187,7 @@ pub trait Observer: Sync {
     /// The run will back up these images.
     fn selected(&self, _images: &[String]) {}
 
-    /// Work on an image has begun; `progress` will be counted up from now on.
+    /// Work on an image has begun, or begins anew; `progress` will be counted up from now on.
     fn started(&self, _image: &str, _progress: &Arc<Progress>) {}
 
     /// Work on an image has reached a stage.

@@ -10,12 +10,15 @@
 //! process in which that happened keeps a few threads of librbd's until it exits.
 #![allow(unsafe_code)]
 
+mod ancestry;
 mod cluster;
 mod create;
 mod diff;
 mod error;
 mod features;
 mod image;
+mod notify;
+mod object_map;
 mod patience;
 mod read;
 mod request;
@@ -26,10 +29,12 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use ancestry::Ancestry;
 pub use cluster::{Cluster, ClusterOptions, Pool};
 pub use create::NewImage;
 pub use diff::Granularity;
 pub use error::RbdError;
 pub use features::Features;
 pub use image::{Image, ImageInfo, Parent, Snapshot};
+pub use notify::Answers;
 pub use patience::Patience;

@@ -38,6 +38,13 @@ pub enum SourceError {
         #[source]
         cause: BoxError,
     },
+    /// Everything was read, and cannot be relied on.
+    #[error("what was read of the image cannot be relied on")]
+    Unreliable {
+        /// Why.
+        #[source]
+        cause: BoxError,
+    },
     /// Bytes of the snapshot could not be read. A short read is this error too.
     #[error("cannot read {length} bytes at offset {offset} of the snapshot")]
     Read {
@@ -92,4 +99,13 @@ pub trait RbdDiffSource: Sync {
     /// [`SourceError::Read`]; also when fewer bytes than asked came. The buffer's content and even
     /// its length are then meaningless.
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError>;
+
+    /// Asked once everything was compared and read: whether that can be relied on. A source whose ground may
+    /// move while it is read looks whether it did.
+    ///
+    /// # Errors
+    /// [`SourceError::Unreliable`]: what the source told before is worth nothing.
+    fn confirm(&self) -> Result<(), SourceError> {
+        Ok(())
+    }
 }

@@ -51,6 +51,16 @@ pub struct GetParent {
     pub free_snap: unsafe extern "C" fn(*mut SnapSpec),
 }
 
+/// What opens an image of which only the id is known, at a snapshot of which only the id is known: a parent
+/// may be in the trash, and its snapshot, too. Since Mimic (13.2).
+#[derive(Clone, Copy, Debug)]
+pub struct OpenById {
+    /// `rbd_open_by_id_read_only`
+    pub open: unsafe extern "C" fn(rados_ioctx_t, *const c_char, *mut rbd_image_t, *const c_char) -> c_int,
+    /// `rbd_snap_set_by_id`
+    pub snap_set: unsafe extern "C" fn(rbd_image_t, u64) -> c_int,
+}
+
 /// What finds and removes snapshots in the trash of their image. Since Nautilus (14.2): a librbd
 /// without it knows no such trash.
 #[derive(Clone, Copy, Debug)]
@@ -133,6 +143,17 @@ pub fn rbd_get_parent() -> Option<GetParent> {
             get: look_up(c"rbd_get_parent")?,
             free_image: look_up(c"rbd_linked_image_spec_cleanup")?,
             free_snap: look_up(c"rbd_snap_spec_cleanup")?,
+        })
+    })
+}
+
+/// [`OpenById`], where the loaded librbd has it.
+pub fn rbd_open_by_id() -> Option<OpenById> {
+    static FOUND: OnceLock<Option<OpenById>> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        Some(OpenById {
+            open: look_up(c"rbd_open_by_id_read_only")?,
+            snap_set: look_up(c"rbd_snap_set_by_id")?,
         })
     })
 }

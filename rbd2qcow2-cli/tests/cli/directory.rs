@@ -227,6 +227,7 @@ fn record(chain: ChainId, point: PointName, created: Timestamp, incremental: boo
         metadata: BTreeMap::new(),
         clone_parent: None,
         diff_mode: if incremental { "exact" } else { "full" }.into(),
+        object_map: None,
         data_extents: 0,
         data_bytes: 0,
         zero_extents: 0,

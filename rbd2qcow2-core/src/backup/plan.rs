@@ -2,12 +2,13 @@
 
 use super::{Backup, BackupError};
 use crate::chain::catalogue::{Catalogue, Point, PointKind};
-use crate::chain::names::{ChainId, ImageName, PointName};
+use crate::chain::names::{ChainId, ImageName, PointName, SnapshotName};
 use crate::chain::{ChainError, image_directory};
 use crate::error::Causes;
 use crate::layer::SECTOR;
 use crate::progress::{ImageReport, Status};
-use crate::rbd::{Granularity, Image, ImageInfo, Snapshot};
+use crate::rbd::{Features, Granularity, Image, ImageInfo, Snapshot};
+use crate::source::librbd::{BaseSnapshot, Doubt};
 
 /// What a backup will be. Incremental only when the base is beyond doubt.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ struct Base {
     point: Point,
     /// The RBD snapshot that the point was taken from.
     snapshot: Snapshot,
+    /// The one before, where writers may have changed that one after it was read.
+    guard: Option<String>,
 }
 
 impl Plan {
@@ -37,8 +40,14 @@ impl Plan {
 
     /// The snapshot that the new one is compared with; `None` for a root.
     #[must_use]
-    pub fn base_snapshot(&self) -> Option<&str> {
-        self.base.as_ref().map(|base| base.snapshot.name.as_str())
+    pub fn base_snapshot(&self) -> Option<BaseSnapshot> {
+        let base = self.base.as_ref()?;
+        let manifest = base.point.manifest.as_ref();
+        Some(BaseSnapshot {
+            name: base.snapshot.name.clone(),
+            map_digest: manifest.and_then(|manifest| manifest.record.object_map.clone()),
+            guard: base.guard.clone(),
+        })
     }
 
     /// The chain that goes on; `None` when one begins (also on top of the Python tool's points).
@@ -60,7 +69,14 @@ impl Plan {
 
 impl Backup<'_> {
     /// Decides what the new point builds upon. Changes nothing.
-    pub(super) fn plan(&self, catalogue: &Catalogue, head: &Image) -> Result<Plan, BackupError> {
+    ///
+    /// `before` is what made the last attempt fail.
+    pub(super) fn plan(
+        &self,
+        catalogue: &Catalogue,
+        head: &Image,
+        before: Option<&Doubt>,
+    ) -> Result<Plan, BackupError> {
         if self.options.full {
             return Ok(Plan::full(Some("--full asks for it".into())));
         }
@@ -70,10 +86,36 @@ impl Backup<'_> {
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }
-        Ok(match self.base_of(newest, &head.info()?, &head.snapshots()?) {
-            Ok(snapshot) => Plan { base: Some(Base { point: newest.clone(), snapshot }), reason: None },
-            Err(reason) => Plan::full(Some(reason)),
+        if let Some(doubt @ Doubt::BaseMapChanged { .. }) = before {
+            return Ok(Plan::full(Some(doubt.to_string())));
+        }
+        let (info, snapshots) = (head.info()?, head.snapshots()?);
+        let snapshot = match self.base_of(newest, &info, &snapshots) {
+            Ok(snapshot) => snapshot,
+            Err(reason) => return Ok(Plan::full(Some(reason))),
+        };
+        if !may_have_changed(newest, &info) {
+            let base = Base { point: newest.clone(), snapshot, guard: None };
+            return Ok(Plan { base: Some(base), reason: None });
+        }
+        Ok(match guard_of(newest, &snapshot, &snapshots) {
+            Some(guard) => {
+                let base = Base { point: newest.clone(), snapshot, guard: Some(guard) };
+                Plan { base: Some(base), reason: None }
+            }
+            None => Plan::full(Some("the image has no exclusive-lock, so its snapshot may have changed since it was read, and there is no older one that would tell".into())),
         })
+    }
+
+    /// The snapshot that guards the base that the next backup is going to have: see [`guard_of`].
+    pub(super) fn guard(
+        &self,
+        catalogue: &Catalogue,
+        image: &ImageInfo,
+        snapshots: &[Snapshot],
+    ) -> Option<String> {
+        let newest = catalogue.newest().filter(|newest| may_have_changed(newest, image))?;
+        guard_of(newest, &self.base_of(newest, image, snapshots).ok()?, snapshots)
     }
 
     /// The snapshot that `point` was taken from, or why that is in doubt.
@@ -121,7 +163,7 @@ impl Backup<'_> {
             Err(error) => return Err(error.into()),
         };
         let plan = match &catalogue {
-            Some(catalogue) => self.plan(catalogue, head)?,
+            Some(catalogue) => self.plan(catalogue, head, None)?,
             None => Plan::full(None),
         };
         plan.tell(report);
@@ -132,7 +174,8 @@ impl Backup<'_> {
         report.virtual_size = size;
         if size > 0 {
             // An estimate may believe the object maps.
-            let from = plan.base_snapshot();
+            let base = plan.base_snapshot();
+            let from = base.as_ref().map(|base| base.name.as_str());
             report.data_bytes =
                 head.diff(from, 0..size, Granularity::Objects, from.is_none(), 0, |sum, extent| {
                     *sum += extent.length;
@@ -140,6 +183,26 @@ impl Backup<'_> {
         }
         Ok(Status::Ok)
     }
+}
+
+/// Whether writers that had not heard of the point's snapshot may have written into it since it was read.
+/// Only an exclusive lock keeps them from that: its owner takes the snapshot itself.
+fn may_have_changed(point: &Point, image: &ImageInfo) -> bool {
+    let recorded = point.manifest.as_ref().map(|manifest| Features(manifest.record.features.bits));
+    // The Python tool recorded no features.
+    !recorded.unwrap_or(image.features).has(Features::EXCLUSIVE_LOCK)
+}
+
+/// The snapshot of the same chain before the one of `point`. What came late into that one changed since this
+/// one, in all likelihood: writers have had a whole interval between backups to hear of it.
+fn guard_of(point: &Point, base: &Snapshot, snapshots: &[Snapshot]) -> Option<String> {
+    let chain = point.manifest.as_ref()?.record.chain;
+    let of_chain = |snapshot: &&Snapshot| {
+        let name = SnapshotName::parse(&snapshot.name).ok();
+        name.is_some_and(|name| name.chain == chain && name.point < point.name) && snapshot.id < base.id
+    };
+    let newest = snapshots.iter().filter(of_chain).max_by_key(|snapshot| snapshot.id)?;
+    Some(newest.name.clone())
 }
 
 /// The snapshot of a point of the Python tool, which is named like the point. It recorded nothing

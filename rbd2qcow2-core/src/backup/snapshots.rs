@@ -10,7 +10,7 @@ use crate::cancel::Cancel;
 use crate::chain::names::{ChainId, SnapshotName};
 use crate::chain::{Announcement, ChainWriter};
 use crate::error::Causes;
-use crate::rbd::{Image, Patience, Pool, RbdError, Snapshot};
+use crate::rbd::{Features, Image, Patience, Pool, RbdError, Snapshot};
 use crate::source::librbd::LibrbdSource;
 
 /// How long a failed run tries to remove its snapshot; what it leaves, the next run removes.
@@ -100,9 +100,9 @@ pub(super) struct Taken {
 
 impl Backup<'_> {
     /// Checks, once everything was compared and read, that the new snapshot and its base are still
-    /// there. What the cluster tells of a snapshot that somebody removes meanwhile, and perhaps makes
-    /// again, is nothing to rely on.
-    pub(super) fn still_there(
+    /// there, and what else the reading relied on. What the cluster tells of a snapshot that somebody removes
+    /// meanwhile, and perhaps makes again, is nothing to rely on.
+    pub(super) fn still_true(
         &self,
         pool: &Pool,
         plan: &Plan,
@@ -110,7 +110,8 @@ impl Backup<'_> {
         name: SnapshotName,
     ) -> Result<Taken, BackupError> {
         // A handle that is open for reading shows the snapshots of when it was opened.
-        let (read, listed) = (source.image().snapshots()?, pool.open(self.image, None)?.snapshots()?);
+        let head = pool.open(self.image, None)?;
+        let (read, listed) = (source.image().snapshots()?, head.snapshots()?);
         if let Some(base) = plan.base_listed()
             && !listed.iter().any(|snapshot| snapshot.id == base.id)
         {
@@ -119,7 +120,10 @@ impl Backup<'_> {
         let text = name.to_string();
         let read = read.iter().find(|snapshot| snapshot.name == text);
         match read.filter(|read| listed.iter().any(|snapshot| snapshot.id == read.id)) {
-            Some(snapshot) => Ok(Taken { name, id: snapshot.id }),
+            Some(snapshot) => {
+                source.confirm_by(&head)?;
+                Ok(Taken { name, id: snapshot.id })
+            }
             None => Err(BackupError::SnapshotGone { snapshot: text }),
         }
     }
@@ -135,9 +139,13 @@ impl Backup<'_> {
         let announced = chain.announced()?;
         let mut own = chain.own_chains()?;
         own.extend(announced.iter().map(|note| note.snapshot.chain));
-        let unfinished = own_snapshots(&head.snapshots()?, &own)
+        let listed = head.snapshots()?;
+        let guard = self.guard(chain.catalogue(), &head.info()?, &listed);
+        let unfinished = own_snapshots(&listed, &own)
             .into_iter()
-            .filter(|name| chain.catalogue().point(name.point).is_none());
+            .filter(|name| chain.catalogue().point(name.point).is_none())
+            // Its point was pruned, and it is needed all the same.
+            .filter(|name| guard.as_ref() != Some(&name.to_string()));
         for name in unfinished {
             log::info!("{}: removing snapshot {name}, which is that of no point", self.image);
             match pool.remove_snapshot(self.image, &name.to_string()) {
@@ -192,7 +200,9 @@ impl Backup<'_> {
             // The next backup's base, whatever time the others claim to be of.
             names.retain(|name| *name != newest);
             names.sort_by_key(|name| std::cmp::Reverse(name.point));
-            for name in names.iter().skip(self.options.keep_snapshots.saturating_sub(1)) {
+            // Where a snapshot may go on changing, the one before it tells: see `Plan`.
+            let guards = usize::from(!source.info().features.has(Features::EXCLUSIVE_LOCK));
+            for name in names.iter().skip(self.options.keep_snapshots.saturating_sub(1) + guards) {
                 match pool.remove_snapshot(self.image, &name.to_string()) {
                     // Somebody protected it: the older ones are to go nevertheless.
                     Err(error @ RbdError::Failed { .. }) => log::warn!("{}: {error}", self.image),

@@ -164,6 +164,9 @@ pub struct Record {
     pub clone_parent: Option<CloneParent>,
     /// How the changes were found: `exact`, `scan`, `fast` or `full`.
     pub diff_mode: String,
+    /// A digest of the objects that the snapshot's object map listed when it was read, in hex; `None` where
+    /// there was no valid one, or nobody looked. A point holds what such a map made of the image.
+    pub object_map: Option<String>,
     /// Extents of data in the layer.
     pub data_extents: u64,
     /// Bytes of data in the layer.
@@ -246,6 +249,8 @@ struct RawManifest {
     metadata: BTreeMap<String, String>,
     clone_parent: Option<CloneParent>,
     diff_mode: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    object_map: Option<String>,
     data_extents: u64,
     data_bytes: u64,
     zero_extents: u64,
@@ -351,6 +356,7 @@ impl Manifest {
             metadata: record.metadata.iter().map(|(key, value)| (to_text(key), to_text(value))).collect(),
             clone_parent: record.clone_parent,
             diff_mode: record.diff_mode,
+            object_map: record.object_map,
             data_extents: record.data_extents,
             data_bytes: record.data_bytes,
             zero_extents: record.zero_extents,
@@ -415,6 +421,7 @@ impl Manifest {
             metadata: metadata(&raw.metadata)?,
             clone_parent: raw.clone_parent,
             diff_mode: raw.diff_mode,
+            object_map: raw.object_map,
             data_extents: raw.data_extents,
             data_bytes: raw.data_bytes,
             zero_extents: raw.zero_extents,

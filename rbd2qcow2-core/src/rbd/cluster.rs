@@ -225,16 +225,16 @@ impl Cluster {
     pub fn pool(&self, name: &str, namespace: &str) -> Result<Pool, RbdError> {
         let what = || format!("open pool {name:?}");
         let pool_name = c_string(name, what)?;
-        let cluster = self.clone();
+        let (cluster, pool, inside) = (self.clone(), name.to_owned(), namespace.to_owned());
         let handle = self.patience.call(what, move || {
             let mut raw: rados_ioctx_t = ptr::null_mut();
             // SAFETY: the cluster is connected, the name lives through the call.
             let code =
                 unsafe { rados_sys::rados_ioctx_create(cluster.handle.raw, pool_name.as_ptr(), &mut raw) };
-            (code >= 0).then(|| Arc::new(PoolHandle { raw, cluster })).ok_or(code)
+            (code >= 0).then(|| PoolHandle { raw, cluster, name: pool, namespace: inside }).ok_or(code)
         })?;
         let handle = handle.map_err(|code| RbdError::failed(what(), code))?;
-        let pool = Pool { handle, patience: self.patience.clone() };
+        let pool = Pool { handle: Arc::new(handle), patience: self.patience.clone() };
         if !namespace.is_empty() {
             pool.enter_namespace(name, namespace)?;
         }
@@ -254,6 +254,8 @@ struct PoolHandle {
     raw: rados_ioctx_t,
     /// Shut down only after this I/O context is destroyed.
     cluster: Cluster,
+    name: String,
+    namespace: String,
 }
 
 // SAFETY: librados.h: an I/O context may be used by several threads as long as none changes its
@@ -284,6 +286,27 @@ impl Pool {
     #[must_use]
     pub fn patience(&self) -> &Patience {
         &self.patience
+    }
+
+    /// The pool's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.handle.name
+    }
+
+    /// The namespace; empty for the default one.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.handle.namespace
+    }
+
+    /// `POOL/IMAGE` or `POOL/NAMESPACE/IMAGE`, as the `rbd` program takes it.
+    #[must_use]
+    pub fn spec(&self, image: &str) -> String {
+        match self.namespace() {
+            "" => format!("{}/{image}", self.name()),
+            namespace => format!("{}/{namespace}/{image}", self.name()),
+        }
     }
 
     /// The cluster that the pool is in.

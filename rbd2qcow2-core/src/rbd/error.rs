@@ -63,6 +63,12 @@ pub enum RbdError {
         /// What was asked for.
         what: String,
     },
+    /// The library answered with something that has not the form it should have.
+    #[error("cannot {what}: the answer has an unknown form")]
+    NotUnderstood {
+        /// What was asked for.
+        what: String,
+    },
     /// The loaded librbd is too old.
     #[error("cannot {what}: the librbd on this machine is too old, {since} or later is needed")]
     TooOld {

@@ -29,6 +29,8 @@ impl Features {
     pub const EXCLUSIVE_LOCK: Self = Self(1 << 2);
     /// Data lie in a pool of their own.
     pub const DATA_POOL: Self = Self(1 << 7);
+    /// The image is on its way to another place, and shows what is still at the old one.
+    pub const MIGRATING: Self = Self(1 << 9);
     /// Those that an image can be created with. The others tell of a state that it is in.
     pub const SETTABLE: Self = Self(0xff);
 

@@ -42,6 +42,8 @@ pub struct Parent {
     pub image_id: Option<String>,
     /// The parent's snapshot.
     pub snapshot: String,
+    /// The id of that snapshot, where librbd tells.
+    pub snapshot_id: Option<u64>,
 }
 
 /// The properties of an image at the handle's snapshot.
@@ -178,23 +180,60 @@ impl Pool {
         let what = || format!("open {title}");
         let name = c_string(image, what)?;
         let at = snapshot.map(|snapshot| c_string(snapshot, what)).transpose()?;
-        let (pool, handle_title) = (self.clone(), title.clone());
-        let opened = self.patience().call(what, move || {
+        self.open_with(access, &title, move |pool, raw| {
             let at = at.as_ref().map_or(ptr::null(), |at| at.as_ptr());
             let open = match access {
                 Access::Read => sys::rbd_open_read_only,
                 Access::Write => sys::rbd_open,
             };
+            // SAFETY: the pool is open; the strings live through the call.
+            unsafe { open(pool.raw(), name.as_ptr(), raw, at) }
+        })
+    }
+
+    /// Opens the image that a clone names as its parent, for reading, at the snapshot that it names. Blocks.
+    ///
+    /// By their ids where librbd can do that: both may be in the trash, and have other names there.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open).
+    pub(super) fn open_parent(&self, parent: &Parent) -> Result<Image, RbdError> {
+        let by_id = sys::newer::rbd_open_by_id().zip(parent.image_id.as_ref()).zip(parent.snapshot_id);
+        let Some(((calls, id), snapshot_id)) = by_id else {
+            return self.open(&parent.image, Some(&parent.snapshot));
+        };
+        let title = format!("parent image {:?} (id {id}) at snapshot {:?}", parent.image, parent.snapshot);
+        let what = || format!("open {title}");
+        let id = c_string(id, what)?;
+        let image = self.open_with(Access::Read, &title, move |pool, raw| {
+            // SAFETY: the pool is open; the string lives through the call; null stands for the head.
+            unsafe { (calls.open)(pool.raw(), id.as_ptr(), raw, ptr::null()) }
+        })?;
+        // SAFETY: the image is open.
+        let code = image.call(what, move |raw| unsafe { (calls.snap_set)(raw, snapshot_id) })?;
+        check(code, what)?;
+        Ok(image)
+    }
+
+    /// Has `open` put an open image into the place that it is given.
+    fn open_with(
+        &self,
+        access: Access,
+        title: &str,
+        open: impl FnOnce(&Self, &mut rbd_image_t) -> i32 + Send + 'static,
+    ) -> Result<Image, RbdError> {
+        let what = || format!("open {title}");
+        let (pool, title) = (self.clone(), title.to_owned());
+        let opened = self.patience().call(what, move || {
             let mut raw: rbd_image_t = ptr::null_mut();
-            // SAFETY: the pool is open and kept by the handle; the strings live through the call.
-            let code = unsafe { open(pool.raw(), name.as_ptr(), &mut raw, at) };
+            let code = open(&pool, &mut raw);
             if code < 0 {
                 return Err(code);
             }
             Ok(Image(Arc::new(ImageHandle {
                 raw: RawImage(raw),
                 pool,
-                title: handle_title,
+                title,
                 access,
                 requests: Arc::default(),
                 abandoned: AtomicBool::new(false),
@@ -247,7 +286,8 @@ impl Image {
     }
 
     /// The pool that the image is in.
-    pub(super) fn pool(&self) -> &Pool {
+    #[must_use]
+    pub fn pool(&self) -> &Pool {
         &self.0.pool
     }
 
@@ -474,6 +514,7 @@ fn read_parent_spec(raw: rbd_image_t, what: &str, calls: GetParent) -> Result<Pa
             image: text(image.image_name)?,
             image_id: Some(text(image.image_id)?),
             snapshot: text(snap.name)?,
+            snapshot_id: Some(snap.id),
         })
     })();
     // SAFETY: librbd filled the struct, and nothing refers to it any more.
@@ -511,5 +552,6 @@ fn read_parent_names(raw: rbd_image_t, what: &str) -> Result<Parent, RbdError> {
         image: text(image)?,
         image_id: None,
         snapshot: text(snapshot)?,
+        snapshot_id: None,
     })
 }

@@ -125,6 +125,8 @@ impl Change<'_> {
         let layer = self.layer(Task::Mend(comparison));
         let source = ChainSource::new(self.point.chain(), self.point.size());
         self.copy(&source, &layer, false, half, &self.run.progress)?;
+        // What was taken for right because of it may be wrong.
+        contents.confirm()?;
         self.flush(&layer)?;
         Ok((layer.written.get(), layer.zeroed.get()))
     }

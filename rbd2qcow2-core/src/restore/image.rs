@@ -20,8 +20,8 @@ use crate::layer::block::BlockImage;
 use crate::point::OpenPoint;
 use crate::progress::Observer;
 use crate::rbd::{Cluster, ClusterOptions, Features, Image, Patience, Pool, RbdError};
-use crate::source::librbd::LibrbdSource;
-use crate::source::{BoxError, RbdDiffSource};
+use crate::source::librbd::{Doubt, LibrbdSource};
+use crate::source::{BoxError, RbdDiffSource, SourceError};
 
 mod error;
 mod layout;
@@ -134,6 +134,24 @@ fn connect(target: &ImageTarget, stop: &Cancel) -> Result<Pool, RestoreError> {
     })
 }
 
+/// What an image holds that is not empty.
+fn contents(target: &ImageTarget, opened: &Opened) -> Result<LibrbdSource, BoxError> {
+    let open = || LibrbdSource::contents(opened.image.clone(), &target.image, opened.ancestry.clone());
+    let contents = open()?;
+    match contents.check_denied() {
+        Ok(()) => Ok(contents),
+        // What an object held that the map denies would come back with the first write into it.
+        Err(SourceError::Unreliable { cause }) if cause.is::<Doubt>() => {
+            log::warn!("{target}: {cause}; the map is rebuilt now, the restore goes on");
+            opened.image.rebuild_object_map()?;
+            let contents = open()?;
+            contents.check_denied()?;
+            Ok(contents)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Makes the marked image what the point is, and takes the mark away when all is certain.
 fn complete(
     run: &Run<'_>,
@@ -142,8 +160,8 @@ fn complete(
     opened: &Opened,
     stop: &Cancel,
 ) -> Result<RestoreReport, BoxError> {
-    let Opened { image, info, empty, created } = opened;
-    let contents = if *empty { None } else { Some(LibrbdSource::contents(image.clone())?) };
+    let Opened { image, info, empty, created, .. } = opened;
+    let contents = if *empty { None } else { Some(contents(target, opened)?) };
     let block = BlockTarget {
         image,
         title: &target.to_string(),

@@ -85,6 +85,10 @@ impl RbdDiffSource for Beyond<'_> {
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
         self.image.read(offset, buffer)
     }
+
+    fn confirm(&self) -> Result<(), SourceError> {
+        self.image.confirm()
+    }
 }
 
 #[cfg(test)]

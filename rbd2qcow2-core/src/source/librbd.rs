@@ -1,48 +1,91 @@
 //! A snapshot of an RBD image, compared with an older one through librbd.
 //!
 //! # What is believed
-//! librbd's comparison of whole objects (fast-diff) misses changes: after a rollback the object map
-//! says "exists, clean" of objects that differ from the base, and clients wrote wrong dirty bits for
-//! years (Ceph tracker 61472, 61616). But an object whose content differs between two snapshots
-//! exists in at least one of them, and existence is what the maps are right about. So
-//! [`DiffMode::Exact`] asks both snapshots' maps which objects exist, and compares each of those
-//! through the OSDs.
+//! A base point holds what librbd *showed* of its snapshot: what the snapshot's object map and its links to
+//! parents made of the objects. The OSDs compare what they *hold*. So an object is compared through the OSDs
+//! only where both maps list it, or cannot be asked. Elsewhere:
+//! - One that the base's map does not list showed nothing of its own: all that it holds now is new, whatever
+//!   the OSDs say of changes.
+//! - One that the new map does not list shows nothing of its own any more.
+//! - A map that denies an object for which the OSDs list data is wrong, and so is whatever was read through
+//!   it: [`Doubt::ObjectMapWrong`]. This is looked at where the OSDs are asked anyway, of samples of all other
+//!   objects that the map denies (of nearly all of them in a full backup), and at the end of those that the
+//!   image's own map lists by then.
+//! - A base's map that lists other objects than at its own backup cannot tell what was shown:
+//!   [`Doubt::BaseMapChanged`].
 //!
-//! Four things are not believed at all, and read instead:
+//! librbd's comparison of whole objects (fast-diff) is not believed at all unless asked for
+//! ([`DiffMode::Fast`]): it misses changes after a rollback, and clients wrote wrong dirty bits for years (Ceph
+//! tracker 61472, 61616).
+//!
+//! Read instead of believed are:
 //! - "zeroes" where a clone still has a parent: a removed object uncovers the parent's data;
 //! - everything behind the smallest size that the image had at a snapshot between the two: what was
 //!   cut off and grown again is zero, however little the comparison knows of it;
 //! - everything behind a clone's overlap, where the overlap has shrunk: so was the image;
-//! - the last, broken sector of an image that has shrunk: see [`RbdDiffSource::diff`].
+//! - the last, broken sector of an image that has shrunk: see [`RbdDiffSource::diff`];
+//! - all of an image that is migrating: what it still shows of the old place is in no diff.
+//!
+//! What shows through from other images is read through links of the moment when the handle was opened: see
+//! [`Ancestry`]. [`RbdDiffSource::confirm`] tells whether they held.
 
+use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{RbdDiffSource, SourceError};
 use crate::buffer::Buffer;
-use crate::extent::{Extent, ExtentKind};
+use crate::extent::{Extent, ExtentKind, join};
 use crate::layer::SECTOR;
 use crate::options::DiffMode;
-use crate::rbd::{Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
+use crate::rbd::{Ancestry, Features, Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
 
-/// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent
-/// requests busy, few enough to spread a small image over all threads.
-const SEGMENT_OBJECTS: u64 = 128;
-const SEGMENT_BYTES: u64 = 16 << 20;
+mod doubt;
+mod existence;
+mod listed;
+mod window;
 
-/// Units whose existence is looked up at a time. With objects of 4 MiB that is 4 TiB, in 128 KiB of
-/// memory; each look-up reads a whole object map.
-const WINDOW_UNITS: u64 = 1 << 20;
+pub use doubt::Doubt;
+use existence::Pieces;
+use listed::{distrust_zeroes, fill, within};
+use window::{Known, Segments, Stretch, Window};
+
+/// Windows whose maps are kept for comparisons that are still to come.
+const WINDOWS_KEPT: usize = 4;
+
+/// A snapshot that another one is compared with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseSnapshot {
+    /// Its name.
+    pub name: String,
+    /// The digest of its object map when its point was made, as [`LibrbdSource::map_digest`] gave it then.
+    /// `None` where there was no valid map, or nobody knows.
+    pub map_digest: Option<String>,
+    /// An older snapshot, for a base that writers may have changed after it was read: what changed since that
+    /// one is taken for changed, too.
+    pub guard: Option<String>,
+}
 
 /// A snapshot and the base that it is compared with.
 #[derive(Debug)]
 pub struct LibrbdSource {
+    pool: Pool,
+    name: String,
+    /// `None` for the image's head.
+    snapshot: Option<String>,
     image: Image,
     info: ImageInfo,
+    /// As it was before the handle was opened.
+    ancestry: Ancestry,
     base: Option<Base>,
     mode: DiffMode,
     fallback: Option<&'static str>,
     /// From here on the comparison is not asked: everything counts as changed.
     suspect_from: u64,
+    /// The windows looked at last, the newest at the end.
+    windows: Mutex<VecDeque<Arc<Window>>>,
+    /// Of the snapshot's map, once all segments were given.
+    map_digest: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -50,6 +93,8 @@ struct Base {
     name: String,
     image: Image,
     info: ImageInfo,
+    map_digest: Option<String>,
+    guard: Option<String>,
 }
 
 impl LibrbdSource {
@@ -65,21 +110,28 @@ impl LibrbdSource {
         pool: &Pool,
         image: &str,
         snapshot: &str,
-        base: Option<&str>,
+        base: Option<&BaseSnapshot>,
         mode: DiffMode,
     ) -> Result<Self, RbdError> {
-        let open = |name: &str| -> Result<_, RbdError> {
-            let opened = pool.open(image, Some(name))?;
-            let info = opened.info()?;
-            Ok((opened, info))
-        };
-        let (handle, info) = open(snapshot)?;
-        let base = base
-            .map(|name| open(name).map(|(image, info)| Base { name: name.to_owned(), image, info }))
-            .transpose()?;
-        let suspect_from = match &base {
-            Some(base) => suspect_from(&handle, &info, snapshot, base)?,
-            None => info.size,
+        let first = pool.open(image, Some(snapshot))?;
+        let ancestry = pool.ancestry(&first, image)?;
+        // The links are looked at before the handle is opened that reads follow: see `Ancestry`.
+        let handle = if ancestry.is_alone() { first } else { pool.open(image, Some(snapshot))? };
+        let info = handle.info()?;
+        let mut suspect_from = info.size;
+        let base = match base {
+            None => None,
+            Some(base) => {
+                for older in std::iter::once(&base.name).chain(&base.guard) {
+                    let opened = pool.open(image, Some(older))?;
+                    let start = self::suspect_from(&handle, &info, snapshot, older, &opened.info()?)?;
+                    suspect_from = suspect_from.min(start);
+                }
+                let BaseSnapshot { name, map_digest, guard } = base.clone();
+                let image = pool.open(image, Some(&name))?;
+                let info = image.info()?;
+                Some(Base { name, image, info, map_digest, guard })
+            }
         };
         let fallback = match mode {
             DiffMode::Scan => None,
@@ -90,19 +142,43 @@ impl LibrbdSource {
             _ => None,
         };
         let mode = if fallback.is_some() { DiffMode::Scan } else { mode };
-        Ok(Self { image: handle, info, base, mode, fallback, suspect_from })
+        Ok(Self {
+            pool: pool.clone(),
+            name: image.to_owned(),
+            snapshot: Some(snapshot.to_owned()),
+            image: handle,
+            info,
+            ancestry,
+            base,
+            mode,
+            fallback,
+            suspect_from,
+            windows: Mutex::default(),
+            map_digest: Mutex::default(),
+        })
     }
 
     /// An open image as it is, compared with nothing: all that it holds. Nobody else must write to it
-    /// meanwhile. Blocks.
+    /// meanwhile. `ancestry` is what it was before the image was opened. Blocks.
     ///
     /// # Errors
     /// [`RbdError`].
-    pub fn contents(image: Image) -> Result<Self, RbdError> {
+    pub fn contents(image: Image, name: &str, ancestry: Ancestry) -> Result<Self, RbdError> {
         let info = image.info()?;
-        let mode = if info.object_map_valid { DiffMode::Exact } else { DiffMode::Scan };
-        let suspect_from = info.size;
-        Ok(Self { image, info, base: None, mode, fallback: None, suspect_from })
+        Ok(Self {
+            pool: image.pool().clone(),
+            name: name.to_owned(),
+            snapshot: None,
+            mode: if info.object_map_valid { DiffMode::Exact } else { DiffMode::Scan },
+            suspect_from: info.size,
+            image,
+            info,
+            ancestry,
+            base: None,
+            fallback: None,
+            windows: Mutex::default(),
+            map_digest: Mutex::default(),
+        })
     }
 
     /// The properties of the image at the snapshot.
@@ -129,99 +205,307 @@ impl LibrbdSource {
         self.fallback
     }
 
+    /// The digest of the objects that the snapshot's map lists, in hex, once all segments were given. `None`
+    /// before that, and where there is no valid map: then the snapshot shows all that the OSDs hold.
+    #[must_use]
+    pub fn map_digest(&self) -> Option<String> {
+        self.map_digest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// What librbd iterates over at a time: an object, or a set of objects that share stripes.
     fn period(&self) -> u64 {
         self.info.object_size.saturating_mul(self.info.stripe_count.max(1))
     }
 
-    /// Marks the units of a window that `diff` must be asked about.
-    fn window(&self, mut window: Window) -> Result<Window, RbdError> {
-        let range = window.range.clone();
-        window.mark(self.suspect_from..range.end);
-        if self.base.is_none() {
-            // Before 16.2.8 the objects that exist do not include the parent's (tracker 53787).
-            window.mark(0..self.info.overlap);
-        }
-        match (self.mode, &self.base) {
-            (DiffMode::Scan, _) => {
-                window.mark(range);
-                Ok(window)
-            }
-            (DiffMode::Fast, Some(base)) => window.mark_listed(&self.image, Some(&base.name), range),
-            (DiffMode::Fast | DiffMode::Exact, None) => window.mark_listed(&self.image, None, range),
-            (DiffMode::Exact, Some(base)) => {
-                let window = window.mark_listed(&self.image, None, range.clone())?;
-                window.mark_listed(&base.image, None, range.start..range.end.min(base.info.size))
-            }
-        }
+    /// Whether nothing that the cluster lists of the image is to be believed.
+    fn reads_all(&self) -> bool {
+        self.ancestry.is_migrating()
     }
 
-    fn compare(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), RbdError> {
-        let compared = segment.start..segment.end.min(self.suspect_from);
-        if !compared.is_empty() {
-            let from = self.base.as_ref().map(|base| base.name.as_str());
-            let extents = self.list(from, compared)?;
-            self.distrust_zeroes(extents.into_iter(), found);
+    fn compare(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), super::BoxError> {
+        if self.reads_all() {
+            found.extend(Extent::new(segment, ExtentKind::Data));
+            return Ok(());
         }
-        let suspect = segment.start.max(self.suspect_from)..segment.end;
-        if !suspect.is_empty() {
-            // Ranges that do not start at an object have wrong offsets before 16.2.8 (tracker 53784).
-            let held = self.list(None, segment)?;
-            self.distrust_zeroes(fill_with_zeroes(held, suspect).into_iter(), found);
+        let window = self.window_of(&segment)?;
+        let stretches: Vec<_> = window.stretches(&segment, self.suspect_from).collect();
+        let hull = |wanted: &dyn Fn(&Stretch) -> bool| self.hull(&stretches, &segment, wanted);
+        let changed = match (&self.base, hull(&|stretch| self.asks_changes(stretch))) {
+            (Some(base), Some(range)) => self.list_changes(base, range)?,
+            _ => Vec::new(),
+        };
+        let (mut own, mut held) =
+            (hull(&|stretch| self.asks_own(stretch)), hull(&|stretch| self.asks_held(stretch)));
+        if self.info.overlap == 0 {
+            // Nothing shows through, so that the two are one.
+            own = join_hulls(own, held);
+            held = own.clone();
         }
+        let own_extents = own.clone().map_or(Ok(Vec::new()), |range| self.list(None, range, false))?;
+        let held_extents = match held {
+            None => Vec::new(),
+            held if held == own && self.info.overlap == 0 => own_extents.clone(),
+            Some(range) => self.list(None, range, true)?,
+        };
+        for stretch in &stretches {
+            if stretch.now == Known::No {
+                self.deny(&own_extents, stretch)?;
+            }
+            found.extend(self.changes_of(stretch, &changed, &own_extents, &held_extents));
+        }
+        *found = join(std::mem::take(found));
         Ok(())
     }
 
-    fn list(&self, from: Option<&str>, range: Range<u64>) -> Result<Vec<Extent>, RbdError> {
-        self.image.diff(from, range, Granularity::Bytes, from.is_none(), Vec::new(), |found, extent| {
+    /// The part of the segment that has to be listed for all stretches that are `wanted`. Ranges that do not
+    /// start at an object have wrong offsets before 16.2.8 (tracker 53784).
+    fn hull(
+        &self,
+        stretches: &[Stretch],
+        segment: &Range<u64>,
+        wanted: &dyn Fn(&Stretch) -> bool,
+    ) -> Option<Range<u64>> {
+        let mut wanted = stretches.iter().filter(|stretch| wanted(stretch));
+        let first = wanted.next()?;
+        let last = wanted.next_back().unwrap_or(first);
+        let period = self.period();
+        let end = last.range.end.div_ceil(period).saturating_mul(period);
+        Some(first.range.start / period * period..end.min(segment.end))
+    }
+
+    /// Whether the OSDs are asked what changed since the base.
+    fn asks_changes(&self, stretch: &Stretch) -> bool {
+        let (now, base) = (stretch.now, stretch.base);
+        let vanished_or_new =
+            now == Known::No && base != Known::Unknown || now == Known::Yes && base == Known::No;
+        self.base.is_some() && !stretch.suspect && !vanished_or_new
+    }
+
+    /// Whether the OSDs are asked what they hold of the image itself, without its parents.
+    fn asks_own(&self, stretch: &Stretch) -> bool {
+        let new = self.base.is_some() && stretch.base == Known::No && !stretch.suspect;
+        stretch.now == Known::No || new
+    }
+
+    /// Whether the OSDs are asked what the image and its parents hold.
+    fn asks_held(&self, stretch: &Stretch) -> bool {
+        self.base.is_none() || stretch.suspect
+    }
+
+    /// What changed in a stretch, by what was listed of it.
+    fn changes_of(
+        &self,
+        stretch: &Stretch,
+        changed: &[Extent],
+        own: &[Extent],
+        held: &[Extent],
+    ) -> Vec<Extent> {
+        let range = &stretch.range;
+        let overlap = self.info.overlap;
+        let Some(base) = &self.base else {
+            return distrust_zeroes(within(held, range), overlap);
+        };
+        if stretch.suspect {
+            return distrust_zeroes(fill(held, range, ExtentKind::Zero), overlap);
+        }
+        match (stretch.now, stretch.base) {
+            (Known::No, Known::No) => Vec::new(),
+            (Known::No, Known::Yes) => distrust_zeroes(Extent::new(range.clone(), ExtentKind::Zero), overlap),
+            (now, Known::No) => {
+                let since = distrust_zeroes(within(changed, range), overlap);
+                let holds = within(own, range).next().is_some();
+                // The base showed its parent here, or zeroes; the image now shows what its objects hold.
+                let shown = range.start..range.end.min(overlap.max(base.info.overlap)).max(range.start);
+                let over_parent = (now == Known::Yes || holds).then(|| fill(own, &shown, ExtentKind::Data));
+                let data = within(own, range).filter(|extent| extent.kind == ExtentKind::Data);
+                since.into_iter().chain(over_parent.into_iter().flatten()).chain(data).collect()
+            }
+            _ => distrust_zeroes(within(changed, range), overlap),
+        }
+    }
+
+    fn list_changes(&self, base: &Base, range: Range<u64>) -> Result<Vec<Extent>, RbdError> {
+        let mut changed = self.list(Some(&base.name), range.clone(), false)?;
+        if let Some(guard) = &base.guard {
+            changed.extend(self.list(Some(guard), range, false)?);
+        }
+        Ok(changed)
+    }
+
+    fn list(
+        &self,
+        from: Option<&str>,
+        range: Range<u64>,
+        with_parent: bool,
+    ) -> Result<Vec<Extent>, RbdError> {
+        self.image.diff(from, range, Granularity::Bytes, with_parent, Vec::new(), |found, extent| {
             found.push(extent);
         })
     }
 
-    /// Has zeroes read where a parent may show through.
-    fn distrust_zeroes(&self, extents: impl Iterator<Item = Extent>, found: &mut Vec<Extent>) {
-        for extent in extents {
-            let covered = extent.end().min(self.info.overlap);
-            if extent.kind == ExtentKind::Data || extent.offset >= covered {
-                found.push(extent);
-                continue;
-            }
-            found.extend(Extent::new(extent.offset..covered, ExtentKind::Data));
-            found.extend(Extent::new(covered..extent.end(), ExtentKind::Zero));
+    /// An error where the OSDs hold data in a stretch that the map denies.
+    fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), Doubt> {
+        match within(own, &stretch.range).find(|extent| extent.kind == ExtentKind::Data) {
+            None => Ok(()),
+            Some(extent) => Err(self.map_is_wrong(extent.offset)),
         }
+    }
+
+    fn map_is_wrong(&self, offset: u64) -> Doubt {
+        Doubt::ObjectMapWrong {
+            image: self.pool.spec(&self.name),
+            snapshot: self.snapshot.clone().unwrap_or_else(|| "HEAD".to_owned()),
+            rebuild: self.base.as_ref().map(|base| base.name.clone()),
+            offset,
+        }
+    }
+
+    /// What the object maps say of a segment.
+    fn window_of(&self, segment: &Range<u64>) -> Result<Arc<Window>, RbdError> {
+        let windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(window) = windows.iter().rfind(|window| window.covers(segment)) {
+            return Ok(window.clone());
+        }
+        drop(windows);
+        Window::read(self, segment.clone()).map(Arc::new)
+    }
+
+    fn keep(&self, window: Arc<Window>) {
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        if windows.len() == WINDOWS_KEPT {
+            windows.pop_front();
+        }
+        windows.push_back(window);
+    }
+
+    /// Looks, through other handles, whether what was read can be relied on: see [`Doubt`]. `head` is the image
+    /// as it is now, opened since everything was read. Blocks.
+    ///
+    /// # Errors
+    /// [`SourceError::Unreliable`].
+    pub fn confirm_by(&self, head: &Image) -> Result<(), SourceError> {
+        let unreliable = |cause: super::BoxError| SourceError::Unreliable { cause };
+        self.check_ancestry(head).map_err(unreliable)?;
+        self.check_map(head).map_err(unreliable)
+    }
+
+    fn check_ancestry(&self, head: &Image) -> Result<(), super::BoxError> {
+        let changed = |change| Doubt::AncestryChanged { image: self.pool.spec(&self.name), change };
+        let info = head.info()?;
+        if info.id != self.info.id {
+            let change = format!("another image has its name (id {}, it was {})", info.id, self.info.id);
+            return Err(changed(change).into());
+        }
+        if self.ancestry.is_alone() {
+            // What is on its way shows what it does not hold itself.
+            return match info.features.has(Features::MIGRATING) {
+                true => Err(changed("its migration began".to_owned()).into()),
+                false => Ok(()),
+            };
+        }
+        let later = match &self.snapshot {
+            Some(snapshot) => {
+                self.pool.open(&self.name, Some(snapshot)).and_then(|at| self.pool.ancestry(&at, &self.name))
+            }
+            None => self.pool.ancestry(head, &self.name),
+        };
+        let later = match later {
+            Err(error) if error.is_not_found() => return Err(changed(error.to_string()).into()),
+            later => later?,
+        };
+        self.ancestry.difference(&later).map_or(Ok(()), |change| Err(changed(change).into()))
+    }
+
+    /// Asks the OSDs for all objects that the image's map denies. Blocks.
+    ///
+    /// # Errors
+    /// [`SourceError::Unreliable`], of [`Doubt::ObjectMapWrong`] where one of them holds data.
+    pub fn check_denied(&self) -> Result<(), SourceError> {
+        if self.reads_all() || !self.info.object_map_valid {
+            return Ok(());
+        }
+        let size = self.info.size;
+        let check = || -> Result<(), super::BoxError> {
+            for part in window::parts(self, size) {
+                let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
+                let listed = blank().listed(&self.image, None, part.start..part.end.min(size))?;
+                let mut denied = blank();
+                denied.mark_each(&listed, &listed, |listed, _| !listed);
+                self.check_holds_nothing(&denied, &listed)?;
+            }
+            Ok(())
+        };
+        check().map_err(|cause| SourceError::Unreliable { cause })
+    }
+
+    /// An error where the OSDs hold data in a piece of `suspects` that is not `listed`.
+    fn check_holds_nothing(&self, suspects: &Pieces, listed: &Pieces) -> Result<(), super::BoxError> {
+        let mut next = suspects.range().start;
+        while let Some(range) = suspects.next_marked(next, self.period(), window::longest(self)) {
+            next = range.end;
+            let range = range.start..range.end.min(self.info.size);
+            if range.is_empty() {
+                break;
+            }
+            let own = self.list(None, range, false)?;
+            let denied =
+                |extent: &&Extent| extent.kind == ExtentKind::Data && !listed.is_marked(extent.offset);
+            if let Some(extent) = own.iter().find(denied) {
+                return Err(self.map_is_wrong(extent.offset).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at the objects that only the head's map lists. They came later; or a writer that had not heard of
+    /// the snapshot yet wrote into it.
+    fn check_map(&self, head: &Image) -> Result<(), super::BoxError> {
+        let now = head.info()?;
+        if self.reads_all() || !self.info.object_map_valid || !now.object_map_valid || self.snapshot.is_none()
+        {
+            return Ok(());
+        }
+        for part in window::parts(self, self.info.size.min(now.size)) {
+            let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
+            let bytes = part.start..part.end.min(self.info.size);
+            let listed = blank().listed(&self.image, None, bytes.clone())?;
+            let by_head = blank().listed(head, None, bytes.start..bytes.end.min(now.size))?;
+            let mut only_head = blank();
+            only_head.mark_each(&by_head, &listed, |head, listed| head & !listed);
+            self.check_holds_nothing(&only_head, &listed)?;
+        }
+        Ok(())
     }
 }
 
-/// Where the comparison of two snapshots cannot be relied on, to the image's end; the size if nowhere.
-fn suspect_from(image: &Image, info: &ImageInfo, snapshot: &str, base: &Base) -> Result<u64, RbdError> {
+/// The smallest range with both.
+fn join_hulls(one: Option<Range<u64>>, other: Option<Range<u64>>) -> Option<Range<u64>> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.start.min(other.start)..one.end.max(other.end)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// Where the comparison with an older snapshot cannot be relied on, to the image's end; the size if nowhere.
+fn suspect_from(
+    image: &Image,
+    info: &ImageInfo,
+    snapshot: &str,
+    older: &str,
+    then: &ImageInfo,
+) -> Result<u64, RbdError> {
     let snapshots = image.snapshots()?;
     let id = |name: &str| snapshots.iter().find(|snapshot| snapshot.name == name).map(|found| found.id);
     // Both are open, so both are listed; were one not, everything would be suspect.
-    let (Some(first), Some(last)) = (id(&base.name), id(snapshot)) else { return Ok(0) };
+    let (Some(first), Some(last)) = (id(older), id(snapshot)) else { return Ok(0) };
     let between = |other: &&Snapshot| first < other.id && other.id < last;
     let smallest = snapshots.iter().filter(between).map(|snapshot| snapshot.size).min();
     // A flattened image has no overlap either, but no parent.
-    let shrunk = info.overlap < base.info.overlap && image.parent()?.is_some();
+    let shrunk = info.overlap < then.overlap && image.parent()?.is_some();
     let overlap = shrunk.then_some(info.overlap);
-    let padding = (info.size < base.info.size).then_some(info.size / SECTOR * SECTOR);
+    let padding = (info.size < then.size).then_some(info.size / SECTOR * SECTOR);
     let starts = [smallest, overlap, padding];
     Ok(starts.into_iter().flatten().fold(info.size, u64::min))
-}
-
-/// The data among `held` within `range`, and zeroes for all the rest of it.
-fn fill_with_zeroes(mut held: Vec<Extent>, range: Range<u64>) -> Vec<Extent> {
-    held.retain(|extent| extent.kind == ExtentKind::Data);
-    held.sort_unstable_by_key(|extent| extent.offset);
-    let mut filled = Vec::with_capacity(held.len() * 2 + 1);
-    let mut end = range.start;
-    for extent in held {
-        let data = extent.offset.clamp(end, range.end)..extent.end().clamp(end, range.end);
-        filled.extend(Extent::new(end..data.start, ExtentKind::Zero));
-        end = data.end;
-        filled.extend(Extent::new(data, ExtentKind::Data));
-    }
-    filled.extend(Extent::new(end..range.end, ExtentKind::Zero));
-    filled
 }
 
 impl RbdDiffSource for LibrbdSource {
@@ -234,8 +518,7 @@ impl RbdDiffSource for LibrbdSource {
     }
 
     fn diff(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
-        self.compare(segment.clone(), found)
-            .map_err(|cause| SourceError::Diff { range: segment, cause: cause.into() })
+        self.compare(segment.clone(), found).map_err(|cause| SourceError::Diff { range: segment, cause })
     }
 
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
@@ -246,161 +529,9 @@ impl RbdDiffSource for LibrbdSource {
             cause: cause.into(),
         })
     }
-}
 
-/// One bit for each unit of a part of the image: whether it must be compared.
-struct Window {
-    range: Range<u64>,
-    unit: u64,
-    bits: Vec<u64>,
-}
-
-impl Window {
-    fn new(range: Range<u64>, unit: u64) -> Self {
-        let units = (range.end - range.start).div_ceil(unit);
-        let words = usize::try_from(units.div_ceil(64)).expect("a window is small");
-        Self { range, unit, bits: vec![0; words] }
-    }
-
-    /// Sets the bits of all units that share a byte with `range`.
-    fn mark(&mut self, range: Range<u64>) {
-        let start = range.start.max(self.range.start);
-        let end = range.end.min(self.range.end);
-        if start >= end {
-            return;
-        }
-        let first = (start - self.range.start) / self.unit;
-        let last = (end - 1 - self.range.start) / self.unit;
-        for unit in first..=last {
-            let word = usize::try_from(unit / 64).expect("a window is small");
-            self.bits[word] |= 1 << (unit % 64);
-        }
-    }
-
-    /// Sets the bits of all units with an object that the object maps list between `from` and the
-    /// image's snapshot; from the beginning of time, those are the objects that exist.
-    fn mark_listed(self, image: &Image, from: Option<&str>, range: Range<u64>) -> Result<Self, RbdError> {
-        if range.is_empty() {
-            return Ok(self);
-        }
-        image.diff(from, range, Granularity::Objects, false, self, |window, extent| {
-            window.mark(extent.range());
-        })
-    }
-
-    fn is_marked(&self, offset: u64) -> bool {
-        let unit = (offset - self.range.start) / self.unit;
-        let word = usize::try_from(unit / 64).expect("a window is small");
-        self.bits[word] & (1 << (unit % 64)) != 0
-    }
-
-    /// The first marked part from `offset` on, at most `longest` bytes.
-    fn next_marked(&self, mut offset: u64, longest: u64) -> Option<Range<u64>> {
-        while offset < self.range.end && !self.is_marked(offset) {
-            offset += self.unit;
-        }
-        let mut end = offset;
-        while end < self.range.end && end - offset < longest && self.is_marked(end) {
-            end += self.unit;
-        }
-        (end > offset).then(|| offset..end.min(self.range.end))
-    }
-}
-
-/// The image's parts to be compared, window by window.
-struct Segments<'a> {
-    source: &'a LibrbdSource,
-    /// Units start at objects and at grains.
-    unit: u64,
-    longest: u64,
-    window: Window,
-    /// Where to go on in the window.
-    next: u64,
-    failed: bool,
-}
-
-impl<'a> Segments<'a> {
-    fn new(source: &'a LibrbdSource, align: u64) -> Self {
-        let unit = least_common_multiple(source.period(), align);
-        let longest = SEGMENT_BYTES.max(SEGMENT_OBJECTS * source.info.object_size);
-        Self { source, unit, longest, window: Window::new(0..0, unit), next: 0, failed: false }
-    }
-}
-
-impl Iterator for Segments<'_> {
-    type Item = Result<Range<u64>, SourceError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        loop {
-            if let Some(segment) = self.window.next_marked(self.next, self.longest) {
-                self.next = segment.end;
-                return Some(Ok(segment));
-            }
-            let start = self.window.range.end;
-            if self.failed || start >= self.source.info.size {
-                return None;
-            }
-            let length = self.unit.saturating_mul(WINDOW_UNITS);
-            let range = start..start.saturating_add(length).min(self.source.info.size);
-            match self.source.window(Window::new(range.clone(), self.unit)) {
-                Ok(window) => (self.window, self.next) = (window, start),
-                Err(cause) => {
-                    self.failed = true;
-                    self.next = self.window.range.end;
-                    return Some(Err(SourceError::Segments { range, cause: cause.into() }));
-                }
-            }
-        }
-    }
-}
-
-fn least_common_multiple(a: u64, b: u64) -> u64 {
-    let (mut x, mut y) = (a, b);
-    while y != 0 {
-        (x, y) = (y, x % y);
-    }
-    (a / x).saturating_mul(b)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_give_their_marked_parts() {
-        let mut window = Window::new(1000..2000, 10);
-        assert_eq!(window.next_marked(1000, 100), None);
-        window.mark(0..1001);
-        window.mark(1095..1101);
-        window.mark(1990..u64::MAX);
-        assert_eq!(window.next_marked(1000, 100), Some(1000..1010));
-        assert_eq!(window.next_marked(1010, 100), Some(1090..1110));
-        assert_eq!(window.next_marked(1010, 10), Some(1090..1100));
-        assert_eq!(window.next_marked(1110, 100), Some(1990..2000));
-        assert_eq!(window.next_marked(2000, 100), None);
-    }
-
-    #[test]
-    fn the_last_unit_of_a_window_may_be_ragged() {
-        let mut window = Window::new(0..1001, 10);
-        window.mark(1000..1001);
-        assert_eq!(window.next_marked(0, 100), Some(1000..1001));
-    }
-
-    #[test]
-    fn what_is_not_held_is_zero() {
-        let data = |range: Range<u64>| Extent::new(range, ExtentKind::Data).unwrap();
-        let zero = |range: Range<u64>| Extent::new(range, ExtentKind::Zero).unwrap();
-        let held = vec![data(30..50), zero(50..60), data(0..12), data(90..200)];
-        let filled = fill_with_zeroes(held, 10..100);
-        assert_eq!(filled, [data(10..12), zero(12..30), data(30..50), zero(50..90), data(90..100)]);
-        assert_eq!(fill_with_zeroes(Vec::new(), 10..20), [zero(10..20)]);
-    }
-
-    #[test]
-    fn units_are_whole_objects_and_whole_grains() {
-        assert_eq!(least_common_multiple(4 << 20, 4096), 4 << 20);
-        assert_eq!(least_common_multiple(16 << 10, 64 << 10), 64 << 10);
-        assert_eq!(least_common_multiple(3 << 20, 2 << 20), 6 << 20);
+    fn confirm(&self) -> Result<(), SourceError> {
+        let head = self.pool.open(&self.name, None);
+        self.confirm_by(&head.map_err(|cause| SourceError::Unreliable { cause: cause.into() })?)
     }
 }

@@ -164,6 +164,7 @@ impl Difference<'_> {
         let beyond = Beyond { image: self.snapshot, chain: self.chain, size: self.size };
         let besides = Differing { comparison: None, run: self.run, found: Mutex::default() };
         self.copy(&beyond, &besides, true)?;
+        self.snapshot.confirm()?;
         let mut all = held.found.into_inner().unwrap_or_else(PoisonError::into_inner);
         all.extend(besides.found.into_inner().unwrap_or_else(PoisonError::into_inner).into_ranges());
         Ok(all.into_ranges())

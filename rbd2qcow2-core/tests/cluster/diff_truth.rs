@@ -15,7 +15,7 @@ use rbd2qcow2_core::extent::{self, Extent, ExtentKind};
 use rbd2qcow2_core::options::DiffMode;
 use rbd2qcow2_core::rbd::Pool;
 use rbd2qcow2_core::source::RbdDiffSource;
-use rbd2qcow2_core::source::librbd::LibrbdSource;
+use rbd2qcow2_core::source::librbd::{BaseSnapshot, LibrbdSource};
 
 use crate::cluster::TestCluster;
 use crate::driver::Spec;
@@ -200,7 +200,9 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn open(&self, mode: DiffMode) -> LibrbdSource {
-        LibrbdSource::open(self.pool, &self.spec.image, self.snapshot, self.base, mode).unwrap_or_else(
+        let base =
+            self.base.map(|name| BaseSnapshot { name: name.to_owned(), map_digest: None, guard: None });
+        LibrbdSource::open(self.pool, &self.spec.image, self.snapshot, base.as_ref(), mode).unwrap_or_else(
             |error| panic!("cannot compare {:?} with {:?}: {error}", self.base, self.snapshot),
         )
     }

@@ -7,7 +7,7 @@ use super::marker::Marker;
 use super::{INCOMPLETE_KEY, ImageTarget, describe_incomplete, layout};
 use crate::cancel::Cancel;
 use crate::point::OpenPoint;
-use crate::rbd::{Features, Image, ImageInfo, NewImage, Pool, RbdError};
+use crate::rbd::{Ancestry, Features, Image, ImageInfo, NewImage, Pool, RbdError};
 
 /// How long the cluster takes a client that died for alive, and a little more
 /// (`osd_client_watch_timeout` is 30 s).
@@ -33,6 +33,8 @@ pub(super) struct Opened {
     pub(super) empty: bool,
     /// Whether a restore, this or an earlier one, made it.
     pub(super) created: bool,
+    /// Where it takes its data from, as that was before it was opened.
+    pub(super) ancestry: Ancestry,
 }
 
 /// Finds or makes the image, and marks it. Nothing was changed in what it holds but after
@@ -57,6 +59,8 @@ pub(super) fn open(
         }
         Found::Image { created, marked } => (created, marked),
     };
+    let ancestry = pool.open(&target.image, None).and_then(|image| pool.ancestry(&image, &target.image));
+    let ancestry = ancestry.map_err(failed)?;
     let image = pool.open_for_writing(&target.image).map_err(failed)?;
     // Somebody may have come since it was looked at: of two restores that do, each sees the other.
     match check_unused(target, &image, Duration::ZERO, cancel) {
@@ -90,7 +94,7 @@ pub(super) fn open(
         });
     }
     let info = image.info().map_err(|cause| cut_short(target, cause))?;
-    Ok(Opened { image, info, empty: was.size == 0, created })
+    Ok(Opened { image, info, empty: was.size == 0, created, ancestry })
 }
 
 /// The error of an image that has its mark, or may have it.
