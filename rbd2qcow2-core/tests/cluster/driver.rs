@@ -505,6 +505,17 @@ impl Driver {
         self.ask("object_exists", json!({ "spec": spec, "object": object }))
     }
 
+    /// Writes noise to one object of the image through librbd, from a byte of its first stripe unit on. What lies
+    /// behind the image's end is not written.
+    pub fn write_object(&self, spec: &Spec, object: u64, offset: u64, length: u64, seed: u64) -> Result<()> {
+        let info = self.info(spec, None)?;
+        let offset = offset % info.stripe_unit;
+        let (set, place) = (object / info.stripe_count, object % info.stripe_count);
+        let at = set * info.object_size * info.stripe_count + place * info.stripe_unit + offset;
+        let length = length.min(info.stripe_unit - offset).min(info.size.saturating_sub(at));
+        if length == 0 { Ok(()) } else { self.write(spec, at, length, seed) }
+    }
+
     /// Writes noise to one object of the image, as a client does whose snapshot context is an old one:
     /// `seq` is the newest snapshot that it has heard of (0: none), `snaps` are those that it knows (see
     /// [`snap_numbers`](Self::snap_numbers)). No object map learns of it.

@@ -39,7 +39,7 @@ fn a_late_write_is_in_the_next_point() {
     for moment in moments {
         // Into the first snapshot of a chain, and into a later one.
         for nights in 0..3 {
-            for keep in [1, 3] {
+            for keep in if nights == 2 { vec![1, 3] } else { vec![1] } {
                 let mut store = Store::new(&cluster);
                 store.options.keep_snapshots = keep;
                 let spec = store.image("late", 2 * MIB, &without_lock());
@@ -48,7 +48,10 @@ fn a_late_write_is_in_the_next_point() {
                 for round in 0..nights {
                     night(&store, &spec, &what).assert_right(&what);
                     store.driver.write(&spec, round * 10_000, 5000, 2 + round).expect("a write");
+                    // A run waits for the writes of those who have it open.
+                    store.driver.close(&spec).expect("closed");
                 }
+                store.driver.close(&spec).expect("closed");
                 // One object that the snapshot has, and one that it has not.
                 let play =
                     || [3, 30].iter().for_each(|object| late_write(&store.driver, &spec, *object, *object));
@@ -65,9 +68,11 @@ fn a_late_write_is_in_the_next_point() {
                     judge(&store, &spec, &report, &what).assert_right_or_because(&what, &["exclusive-lock"]);
                 }
                 store.driver.write(&spec, MIB + MIB / 2, 100, 50).expect("a write");
+                store.driver.close(&spec).expect("closed");
                 let what = format!("{what}, the next night");
                 night(&store, &spec, &what).assert_right_or_because(&what, &["exclusive-lock", "differ"]);
                 store.driver.write(&spec, MIB + MIB / 2, 100, 51).expect("a write");
+                store.driver.close(&spec).expect("closed");
                 let what = format!("{what}, and the one after it");
                 night(&store, &spec, &what).assert_right_or_because(&what, &["exclusive-lock", "differ"]);
                 store.purge(&spec);
@@ -105,6 +110,7 @@ fn a_writer_that_does_not_answer() {
         }
     }
     night(&store, &spec, "thawed").assert_right("thawed");
+    writer.close(&spec).expect("closed");
     store.purge(&spec);
 }
 

@@ -109,6 +109,8 @@ fn night(world: &mut World, number: u64) -> Result<Option<(std::path::PathBuf, V
                 if moment == Moment::At(Stage::Queue) {
                     // Nothing has been played since they were taken.
                     early.extend(truths(world, &before)?);
+                    let features = world.store.driver.info(&world.spec, None)?.features;
+                    world.locked = features.iter().any(|name| name == "exclusive-lock");
                 }
                 if moments.contains(&moment) {
                     world.moment = match moment {

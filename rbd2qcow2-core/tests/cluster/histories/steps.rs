@@ -3,6 +3,7 @@
 use super::world::{Outcome, World};
 use crate::cluster::unique_image;
 use crate::driver::{Layout, Result};
+use rbd2qcow2_core::options::DiffMode;
 
 /// A kind of step, which says what a run may come to because of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -122,7 +123,7 @@ impl Theme {
                 LockOn,
                 Rollback,
             ],
-            Self::Stale => &[StaleWrite, StaleWrite, Write],
+            Self::Stale => &[StaleWrite, StaleWrite, StaleWrite, Write, RebuildHead, RebuildAll],
             Self::StaleWithoutLock => &[StaleWrite, StaleWrite, LockOn, LockOff, Rollback],
             Self::Migration => &[Prepare, Prepare, Execute, Commit, Abort, ShrinkAndGrow],
             Self::Removals => &[RemoveOurs, TrashOurs, TrashImage, DeepCopy, Flatten],
@@ -154,10 +155,13 @@ impl Step {
     /// One for the theme; half of all are ordinary.
     pub fn draw(world: &mut World) -> Self {
         let own = world.theme.steps();
-        match own.is_empty() || world.random.one_in(2) {
+        let step = match own.is_empty() || world.random.one_in(2) {
             true => world.random.pick(ORDINARY),
             false => world.random.pick(own),
-        }
+        };
+        // The head's map forgets what a snapshot's map never had, and then only a scan finds it.
+        let forgets = matches!(step, Self::Rollback) && world.theme == Theme::Stale;
+        if forgets && world.store.options.diff != DiffMode::Scan { Self::Write } else { step }
     }
 
     /// Plays it, unless it makes no sense now.
@@ -386,7 +390,13 @@ fn stale_write(world: &mut World) -> Result<Outcome> {
         return Ok(Outcome::Pointless);
     }
     let object = world.random.below(objects);
-    let new_only = !world.is_without_lock();
+    let newest = world.store.driver.snaps(&world.spec)?.pop();
+    let is_ours = newest.is_some_and(|snap| snap.id == numbers[0] && snap.name.starts_with("rbd2qcow2-"));
+    // What nobody backs up may change.
+    let new_only = is_ours && world.locked;
+    if new_only && !info.features.iter().any(|name| name == "object-map") {
+        return Ok(Outcome::Pointless);
+    }
     if new_only && world.store.driver.object_exists(&world.spec, object)? {
         return Ok(Outcome::Pointless);
     }
@@ -400,5 +410,11 @@ fn stale_write(world: &mut World) -> Result<Outcome> {
     world.tell(format!("StaleWrite object {object} {offset}+{length}, seed {seed}, all but {}", numbers[0]));
     world.store.driver.stale_write(&world.spec, object, offset, length, seed, seq, known)?;
     world.late = true;
+    if new_only {
+        // The writer goes on, and the head's map learns of the object. One that no map has only a scan finds.
+        let start = world.random.below(info.object_size / 512) * 512;
+        world.tell(format!("and 512 more at {start} in it"));
+        world.store.driver.write_object(&world.spec, object, start, 512, seed.wrapping_add(1))?;
+    }
     Ok(Outcome::Played)
 }

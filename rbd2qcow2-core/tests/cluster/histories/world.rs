@@ -31,6 +31,8 @@ pub struct World {
     pub to_back_up: Vec<Spec>,
     /// Something was written with an old context since this was last reset.
     pub late: bool,
+    /// The newest snapshot of a run was taken with an exclusive lock: nobody writes into it.
+    pub locked: bool,
     /// A step of a migration was played since this was last reset.
     pub migrated: bool,
     /// When steps are being played: `between`, or the stage of a run.
@@ -63,6 +65,7 @@ impl World {
             copies: Vec::new(),
             to_back_up: Vec::new(),
             late: false,
+            locked: true,
             migrated: false,
             moment: "between".to_owned(),
             now: Vec::new(),
@@ -170,11 +173,6 @@ impl World {
     /// with it.
     pub fn may_prepare(&self) -> bool {
         ["between", "Prepare", "Snapshot", "CleanUp"].contains(&&*self.moment)
-    }
-
-    /// Whether snapshots of now can be written into by late writers, and runs must reckon with it.
-    pub fn is_without_lock(&self) -> bool {
-        self.theme == Theme::StaleWithoutLock
     }
 
     pub fn snapshot(&mut self) -> Result<()> {
