@@ -35,6 +35,10 @@ use writers::Writers;
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
 
+/// How often a backup is begun whose ground moved. One doubt may follow another: a base that cannot be relied on
+/// is told only once the image's ancestry held.
+const ATTEMPTS: u32 = 3;
+
 /// Why an image has no new point.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -126,14 +130,15 @@ impl Backup<'_> {
     /// Whatever fails, points that existed stay as they are, and the report says what happened. When
     /// this process dies meanwhile, the next run removes what it left. Where the cluster's word about the
     /// image turned out to be worth nothing ([`Doubt`]), all is done once more, with another snapshot; the
-    /// observer is told of a new start then.
+    /// observer is told of a new start then. Twice at most.
     #[must_use]
     pub fn run(&self) -> ImageReport {
         let start = Instant::now();
-        let (mut report, doubt) = self.attempt(None);
-        if let Some(doubt) = doubt.filter(|_| !self.cancel.is_set()) {
-            log::warn!("{}: {doubt}; trying once more", self.image);
-            (report, _) = self.attempt(Some(&doubt));
+        let (mut report, mut doubt) = self.attempt(None);
+        for _ in 1..ATTEMPTS {
+            let Some(before) = doubt.filter(|_| !self.cancel.is_set()) else { break };
+            log::warn!("{}: {before}; trying once more", self.image);
+            (report, doubt) = self.attempt(Some(&before));
         }
         report.time = start.elapsed();
         report

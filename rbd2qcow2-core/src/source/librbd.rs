@@ -206,7 +206,8 @@ impl LibrbdSource {
     }
 
     /// The digest of the objects that the snapshot's map lists, in hex, once all segments were given. `None`
-    /// before that, and where there is no valid map: then the snapshot shows all that the OSDs hold.
+    /// before that, where there is no valid map (then the snapshot shows all that the OSDs hold), and for clones, whose
+    /// snapshots' maps change with the image.
     #[must_use]
     pub fn map_digest(&self) -> Option<String> {
         self.map_digest.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -228,12 +228,16 @@ impl<'a> Segments<'a> {
     fn end(&mut self) -> Result<(), Doubt> {
         let (now, base) = (std::mem::take(&mut self.now).finish(), std::mem::take(&mut self.base).finish());
         let source = self.source;
-        if source.info.object_map_valid && !source.reads_all() {
+        // Of a clone, whatever is written also puts the parent's data into the snapshots' objects, and their
+        // maps tell.
+        if source.info.object_map_valid && source.info.overlap == 0 && !source.reads_all() {
             *source.map_digest.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         }
         match &source.base {
+            // One that is flagged invalid by now tells nothing, and is not asked: removing an older snapshot
+            // with such a map is enough for that.
             Some(Base { map_digest: Some(then), name, info, .. })
-                if !info.object_map_valid || *then != base =>
+                if info.object_map_valid && *then != base =>
             {
                 Err(Doubt::BaseMapChanged { image: source.pool.spec(&source.name), base: name.clone() })
             }
@@ -250,6 +254,7 @@ impl Iterator for Segments<'_> {
         while !self.ended {
             if let Some(window) = &self.window
                 && let Some(segment) = window.asked.next_marked(self.next, self.unit, longest(self.source))
+                && segment.start < size
             {
                 self.next = segment.end;
                 return Some(Ok(segment.start..segment.end.min(size)));
