@@ -234,6 +234,17 @@ class Driver:
         if done.returncode != 0:
             raise RuntimeError(f"{command}: {done.stderr.decode(errors='replace')}")
 
+    def do_check_object_map(self, spec, snapshot):
+        command = ["rbd", "-c", self.conf, "object-map", "check", "--no-progress", "--pool", spec["pool"],
+                   "--namespace", spec["namespace"], "--image", spec["image"]]
+        if snapshot is not None:
+            command += ["--snap", snapshot]
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
+
+    def do_children(self, spec):
+        with self.at(spec, None) as image:
+            return [child["image"] for child in image.list_children2()]
+
     # --- Content
 
     def do_write(self, spec, offset, length, seed):

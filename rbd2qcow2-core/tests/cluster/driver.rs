@@ -449,6 +449,17 @@ impl Driver {
         self.act("migration_abort", json!({ "spec": spec }))
     }
 
+    /// Compares the object map of the head or of a snapshot with the objects. Where it is wrong, it becomes
+    /// invalid; what [`info`](Self::info) then says.
+    pub fn check_object_map(&self, spec: &Spec, snapshot: Option<&str>) -> Result<()> {
+        self.act("check_object_map", json!({ "spec": spec, "snapshot": snapshot }))
+    }
+
+    /// The names of the images that need one of this image's snapshots.
+    pub fn children(&self, spec: &Spec) -> Result<Vec<String>> {
+        self.ask("children", json!({ "spec": spec }))
+    }
+
     // --- Content
 
     /// Writes bytes without any pattern, none of which two seeds have in common.

@@ -45,7 +45,7 @@ fn number(variable: &str) -> Option<u64> {
 
 /// How a history ended.
 enum Ended {
-    Well(Tally),
+    Well(Tally, String),
     /// Somebody else's code broke; nothing can be said.
     Broke(String),
     /// A point was wrong, or a run failed without need. What was told.
@@ -79,7 +79,7 @@ fn play_apart(seed: u64) -> Ended {
     };
     let text = std::io::read_to_string(file()).unwrap_or_default();
     match (status, Tally::from_output(&text)) {
-        (Some(status), Some(tally)) if status.success() => Ended::Well(tally),
+        (Some(status), Some(tally)) if status.success() => Ended::Well(tally, text),
         (Some(status), _) if status.code() == Some(101) => Ended::Badly(text),
         (status, _) => Ended::Broke(format!("{status:?} after {:?}: {}", start.elapsed(), tail(&text))),
     }
@@ -142,7 +142,12 @@ fn no_point_is_wrong() {
                     }
                     let seed = first.wrapping_add(index);
                     match play_apart(seed) {
-                        Ended::Well(tally) => total.lock().expect("no panic").add(&tally),
+                        Ended::Well(tally, text) => {
+                            if count == Some(1) {
+                                say(&text);
+                            }
+                            total.lock().expect("no panic").add(&tally);
+                        }
                         Ended::Broke(why) => {
                             say(&format!("RBD2QCOW2_SEED={seed} broke: {why}"));
                             total.lock().expect("no panic").count("broke");

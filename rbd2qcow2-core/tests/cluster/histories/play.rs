@@ -67,6 +67,7 @@ pub fn play(cluster: &TestCluster, seed: u64) -> Result<Tally> {
         assert!(content(file) == *held, "{} has changed", file.display());
     }
     finish(&mut world)?;
+    println!("{}", world.told.join("\n"));
     Ok(std::mem::take(&mut world.tally))
 }
 
@@ -259,7 +260,18 @@ fn is_mixed(point: &[u8], a: &[u8], b: &[u8]) -> bool {
 fn back_up_copy(world: &mut World, copy: &Spec) -> Result<()> {
     world.told.push(format!("{} is backed up", copy.image));
     let report = world.store.run(copy);
-    assert_eq!(report.status, Status::Ok, "the copy {}: {}", copy.image, why(&report));
+    if report.status != Status::Ok {
+        // librbd's deep copy makes maps that deny objects without a byte. Whether that is so here Ceph itself
+        // shall say.
+        let why = why(&report);
+        world.store.driver.snap_create(copy, "looked-at")?;
+        world.store.driver.close(copy)?;
+        world.store.driver.check_object_map(copy, Some("looked-at"))?;
+        let is_wrong = world.store.driver.info(copy, Some("looked-at"))?.object_map_invalid;
+        assert!(why.contains("object-map") && is_wrong, "the copy {}: {why}", copy.image);
+        world.tally.count("failed/copies/object-map");
+        return Ok(());
+    }
     let file = report.file.as_ref().expect("a layer");
     let snapshot = read_json(&file.with_extension("json"))["snapshot"].as_str().expect("a name").to_owned();
     let truth = world.store.driver.read_objects(copy, Some(&snapshot))?;

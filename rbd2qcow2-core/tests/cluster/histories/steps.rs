@@ -259,14 +259,23 @@ impl Step {
                 driver.close(&parent)?;
             }
             Self::RemoveAncestor => {
-                // The oldest one that nobody needs any more; Ceph says whether that is so.
-                let ancestor = world.ancestors.last().cloned().expect("there is one");
+                // The oldest one, or, as the image may be flattened before its parent, the nearest one.
+                let old = world.ancestors.len() - 1;
+                let mut free = None;
+                for index in [old, 0] {
+                    if driver.children(&world.ancestors[index])?.is_empty() {
+                        free = Some(index);
+                        break;
+                    }
+                }
+                let Some(index) = free else { return Ok(Outcome::Pointless) };
+                let ancestor = world.ancestors[index].clone();
                 for snap in driver.snaps(&ancestor)? {
                     driver.snap_remove(&ancestor, &snap.name)?;
                 }
                 driver.close(&ancestor)?;
                 driver.purge(&ancestor)?;
-                world.ancestors.pop();
+                world.ancestors.remove(index);
             }
             Self::TrashParentSnapshot => {
                 let Some(snap) = driver.snaps(&parent)?.pop() else { return Ok(Outcome::Pointless) };

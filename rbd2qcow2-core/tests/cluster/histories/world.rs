@@ -212,7 +212,7 @@ impl World {
                 self.now.push(step);
                 self.ever.push(step);
                 self.tell(format!("{step:?}: {error}"));
-                self.tally.count(format!("refused/{step:?}"));
+                self.tally.count(format!("refused/{step:?}/{}", error.errno().unwrap_or_default()));
                 Ok(())
             }
         }
