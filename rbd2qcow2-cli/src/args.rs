@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use rbd2qcow2_core::layer::{Compression, ExtendedL2};
-use rbd2qcow2_core::options::{BackupOptions, DiffMode, Writer};
+use rbd2qcow2_core::options::{BackupOptions, BaseGone, DiffMode, Writer};
 use rbd2qcow2_core::pool::PoolBackup;
 use rbd2qcow2_core::rbd::ClusterOptions;
 
@@ -78,9 +78,13 @@ digests. A damaged range is traced to each point that shows it. Points of the Py
 no digests: of them only the structure is known, and they are `unverifiable`. So is every point that
 builds upon them, or took over their data when they were pruned. Needs no cluster.
 
+A point is `suspect` when its files are as they were written, but a later backup found it, or one above
+it, to lack a change; such points read as well as ever, and may be wrong in places. With --source a
+point that is the same as its snapshot is `ok`.
+
 With --source points are also compared with the RBD snapshots that they were taken from, bit for bit:
 the proof that the backups lack nothing. Usually only the newest point of an image still has one.
-The exit status is 1 when anything is damaged.";
+The exit status is 1 when anything is damaged or suspect.";
 
 /// Back up Ceph RBD images into chains of qcow2 files.
 ///
@@ -222,6 +226,14 @@ pub struct BackupArgs {
     /// How changes are found
     #[arg(long, value_name = "MODE", default_value = "exact")]
     diff: DiffArg,
+    /// Pages of 4 KiB that an incremental backup reads where nothing is reported to have changed, others
+    /// each time, and compares with the chain: where one differs, no backup is made, and the next one
+    /// compares the whole image; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    prove: u32,
+    /// What to do where the snapshot of the last backup is gone from the cluster, or was made again
+    #[arg(long, value_name = "ACTION", default_value = "full")]
+    when_base_is_gone: BaseGoneArg,
     /// Make a full backup even where an incremental one is possible
     #[arg(long)]
     full: bool,
@@ -266,6 +278,18 @@ enum DiffArg {
     /// Believe the object maps. MISSES CHANGES after a rollback to a snapshot, after an image was
     /// shrunk and grown again, and wherever a client wrote a wrong object map
     Fast,
+    /// Believe nothing: read the whole image, compare it with the chain, and store what differs. Needs no
+    /// snapshot of the last backup; reads as much as a full backup
+    Compare,
+}
+
+/// What to do without the base snapshot, as the command line names it.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BaseGoneArg {
+    /// Begin a new chain with a full backup
+    Full,
+    /// Compare the whole image with the newest backup, store what differs, and go on with the chain
+    Compare,
 }
 
 /// The arguments of `list`.
@@ -389,7 +413,13 @@ impl BackupArgs {
             DiffArg::Exact => DiffMode::Exact,
             DiffArg::Scan => DiffMode::Scan,
             DiffArg::Fast => DiffMode::Fast,
+            DiffArg::Compare => DiffMode::Compare,
         };
+        options.when_base_is_gone = match self.when_base_is_gone {
+            BaseGoneArg::Full => BaseGone::Full,
+            BaseGoneArg::Compare => BaseGone::Compare,
+        };
+        options.prove = usize::try_from(self.prove).unwrap_or(usize::MAX);
         options.full = self.full;
         options.keep_snapshots = self.keep_snapshots.into();
         options.rate_limit = self.rate_limit;

@@ -63,6 +63,8 @@ pub struct BackupLine<'a> {
     diff_seconds: Option<f64>,
     /// Time that the image took.
     seconds: f64,
+    /// Bytes that were found unchanged, as they were reported to be.
+    proved_bytes: Option<u64>,
 }
 
 impl<'a> BackupLine<'a> {
@@ -85,6 +87,7 @@ impl<'a> BackupLine<'a> {
             layer_bytes: made(report.layer_bytes),
             diff_seconds: (ok && !dry_run).then_some(report.diff_time.as_secs_f64()),
             seconds: report.time.as_secs_f64(),
+            proved_bytes: made(report.proved_bytes),
         }
     }
 }
@@ -176,6 +179,7 @@ mod tests {
         report.data_bytes = 1;
         report.zero_bytes = 2;
         report.read_bytes = 3;
+        report.proved_bytes = 5;
         report.layer_bytes = 4;
         report.diff_time = Duration::from_millis(500);
         report.time = Duration::from_secs(2);
@@ -185,7 +189,7 @@ mod tests {
                 r#"{"image":"vm \"1\"","point":"20261122T173312Z","kind":"full","status":"ok","#,
                 r#""reason":"the base snapshot is gone","error":null,"#,
                 r#""file":"/b/vm/vm@20261122T173312Z.qcow2","data_bytes":1,"zero_bytes":2,"#,
-                r#""read_bytes":3,"layer_bytes":4,"diff_seconds":0.5,"seconds":2.0}"#,
+                r#""read_bytes":3,"layer_bytes":4,"diff_seconds":0.5,"seconds":2.0,"proved_bytes":5}"#,
                 "\n"
             )
         );
@@ -201,7 +205,7 @@ mod tests {
                 r#"{"image":"vm","point":null,"kind":null,"status":"failed","reason":null,"#,
                 r#""error":"cannot write to standard output: full","file":null,"data_bytes":null,"#,
                 r#""zero_bytes":null,"read_bytes":null,"layer_bytes":null,"diff_seconds":null,"#,
-                r#""seconds":0.0}"#,
+                r#""seconds":0.0,"proved_bytes":null}"#,
                 "\n"
             )
         );

@@ -116,7 +116,7 @@ fn write(listings: &[Listing], output: &OutputArgs, now: Timestamp) -> io::Resul
     let mut lines = JsonLines::new(stdout);
     for Listing { catalogue, .. } in listings {
         for point in catalogue.points() {
-            lines.write(&Row::new(catalogue.image(), point))?;
+            lines.write(&Row::new(catalogue, point))?;
         }
     }
     Ok(())

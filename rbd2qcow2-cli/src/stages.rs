@@ -51,6 +51,14 @@ impl StageClock {
 pub fn describe(report: &ImageReport, clock: &StageClock, end: Instant) -> String {
     let mut text = times_told(&human::name(&report.image), clock, end);
     describe_copy(&mut text, &report.progress, clock.time_of(Stage::Copy, end));
+    if report.proved_bytes > 0 {
+        // Writing to a string cannot fail.
+        let _ = write!(
+            text,
+            "\n  proved  {} that were not reported as changed, and are not",
+            HumanBytes(report.proved_bytes)
+        );
+    }
     text
 }
 

@@ -88,7 +88,7 @@ pub fn run(
         };
         warn_of_nothing_compared(image, &reports);
         for report in &reports {
-            if report.status == VerifyStatus::Damaged {
+            if matches!(report.status, VerifyStatus::Damaged | VerifyStatus::Suspect) {
                 outcome = Outcome::Failed;
             }
             if let Some(SourceStatus::Failed(why)) = &report.source {
@@ -206,6 +206,9 @@ fn tell(image: &ImageName, report: &PointReport, output: &OutputArgs) -> io::Res
     let reason = match report.status {
         VerifyStatus::Unverifiable => {
             format!(": {}; the structure is sound", verify::reason(&report.unverified))
+        }
+        VerifyStatus::Suspect => {
+            format!(": {}", report.suspicion.as_deref().unwrap_or("it may lack changes"))
         }
         VerifyStatus::Ok | VerifyStatus::Damaged => String::new(),
     };

@@ -2,27 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
 
 use crate::chain::manifest::{CloneParent, Features, Record};
-use crate::chain::names::{ChainId, ImageName, NameError, SnapshotName};
+use crate::chain::names::{ChainId, ImageName, NameError, PointName, SnapshotName};
 use crate::chain::{Announcement, ChainError, ChainWriter, LayerPlan, PendingLayer};
-use crate::copy::{self, Copy, CopyError};
+use crate::copy::{self, CopyError};
+use crate::error::Causes;
 use crate::layer::native::{Compressors, NativeLayer};
 use crate::layer::qemu_nbd::{QemuNbdLayer, QemuNbdOptions, QemuTools};
 use crate::layer::{LayerError, LayerSpec, LayerWriter, SECTOR};
-use crate::options::{BackupOptions, Writer};
+use crate::options::{BackupOptions, DiffMode, Writer};
 use crate::progress::{ImageReport, Observer, Progress, Stage, Status};
+use crate::prove::ProveError;
 use crate::rate::RateLimit;
 use crate::rbd::{Patience, Pool, RbdError};
 use crate::restore::image::{INCOMPLETE_KEY, describe_incomplete};
 use crate::source::SourceError;
-use crate::source::librbd::{Doubt, LibrbdSource};
+use crate::source::librbd::{Distrust, LibrbdSource};
 use crate::turns::Turns;
 
+mod changes;
 mod plan;
 mod snapshots;
 mod writers;
@@ -35,7 +38,7 @@ use writers::Writers;
 /// The metadata key of an image that is not to be backed up. Its value is shown as the reason.
 pub const SKIP_KEY: &[u8] = b"backup-skip";
 
-/// How often a backup is begun whose ground moved. One doubt may follow another: a base that cannot be relied on
+/// How often a backup is begun whose ground moved. One reason may follow another: a base that cannot be relied on
 /// is told only once the image's ancestry held.
 const ATTEMPTS: u32 = 3;
 
@@ -71,8 +74,28 @@ pub enum BackupError {
         /// The image and point that it was going to be.
         of: String,
     },
-    /// A new chain's id could not be drawn.
-    #[error("cannot get random numbers for the id of a new chain")]
+    /// Whether changes were lost could not be found out.
+    #[error("cannot prove that nothing but what is reported has changed")]
+    Prove(#[source] ProveError),
+    /// Changes were lost.
+    #[error(
+        "a change was lost: byte {offset} of the image is not what point {point} holds, and nothing is reported to \
+         have changed there since its snapshot ({differing} of {looked_at} pages that were looked at differ). Either \
+         that point, or one before it, lacks a change, or its snapshot was written to after it was read. No new point \
+         was made; the chain up to {point} is marked suspect, and the next backup compares the whole image with it"
+    )]
+    ChangeLost {
+        /// The point that was to be built upon.
+        point: PointName,
+        /// First byte of the first page that differs.
+        offset: u64,
+        /// How many pages differ.
+        differing: u64,
+        /// How many were looked at.
+        looked_at: u64,
+    },
+    /// Random numbers could not be had.
+    #[error("cannot get random numbers")]
     Random(#[source] std::io::Error),
     /// The snapshot that was just taken, or its base, is not listed any more: somebody removed it.
     #[error("snapshot {snapshot:?} disappeared during the backup; is something else removing snapshots?")]
@@ -129,25 +152,25 @@ impl Backup<'_> {
     ///
     /// Whatever fails, points that existed stay as they are, and the report says what happened. When
     /// this process dies meanwhile, the next run removes what it left. Where the cluster's word about the
-    /// image turned out to be worth nothing ([`Doubt`]), all is done once more, with another snapshot; the
+    /// image turned out to be worth nothing ([`Distrust`]), all is done once more, with another snapshot; the
     /// observer is told of a new start then. Twice at most.
     #[must_use]
     pub fn run(&self) -> ImageReport {
         let start = Instant::now();
-        let (mut report, mut doubt) = self.attempt(None);
+        let (mut report, mut distrust) = self.attempt(None);
         for _ in 1..ATTEMPTS {
-            let Some(before) = doubt.filter(|_| !self.cancel.is_set()) else { break };
+            let Some(before) = distrust.filter(|_| !self.cancel.is_set()) else { break };
             log::warn!("{}: {before}; trying once more", self.image);
-            (report, doubt) = self.attempt(Some(&before));
+            (report, distrust) = self.attempt(Some(&before));
         }
         report.time = start.elapsed();
         report
     }
 
-    /// One attempt, and what cast doubt upon it. `before` is what did so the last time.
-    fn attempt(&self, before: Option<&Doubt>) -> (ImageReport, Option<Doubt>) {
+    /// One attempt, and why the cluster is not trusted in it. `before` is why it was not the last time.
+    fn attempt(&self, before: Option<&Distrust>) -> (ImageReport, Option<Distrust>) {
         let mut report = ImageReport::new(self.image, Status::Failed);
-        let mut doubt = None;
+        let mut distrust = None;
         self.observer.started(self.image, &report.progress);
         match self.run_to(before, &mut report) {
             Ok(status) => report.status = status,
@@ -158,15 +181,15 @@ impl Backup<'_> {
             Err(error) => {
                 // It was named, but there is no such point.
                 report.point = None;
-                doubt = error.doubt().cloned();
+                distrust = error.distrust().cloned();
                 let error = if self.cancel.is_set() { BackupError::Cancelled } else { error };
                 report.error = Some(error.into());
             }
         }
-        (report, doubt)
+        (report, distrust)
     }
 
-    fn run_to(&self, before: Option<&Doubt>, report: &mut ImageReport) -> Result<Status, BackupError> {
+    fn run_to(&self, before: Option<&Distrust>, report: &mut ImageReport) -> Result<Status, BackupError> {
         let name = ImageName::new(self.image)?;
         // Whatever fails first ends the waits of everything else that this image is waiting for.
         let stop = self.cancel.part();
@@ -218,13 +241,17 @@ impl Backup<'_> {
             chain.begin(LayerPlan { point: snapshot.point, parent: plan.parent(), cluster_size })?;
         let layer = self.create_layer(&source, &pending, cluster_size)?;
         report.virtual_size = source.info().size;
-        report.diff_time = self.copy(&source, &*layer, &plan, &pending, &stop, &report.progress)?;
+        self.copy(&source, &*layer, &plan, &chain, &pending, &stop, report)?;
         copy::finish(&*layer, self.cancel)?;
 
         self.stage(Stage::Commit);
         drop(turn);
         let taken = self.still_true(&pool, &plan, &source, snapshot)?;
-        let record = self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
+        let mut record =
+            self.record(&source, cluster_size, layer.grain(), taken, metadata, &report.progress)?;
+        if plan.compares() {
+            DiffMode::Compare.as_str().clone_into(&mut record.diff_mode);
+        }
         if self.cancel.is_set() {
             return Err(BackupError::Cancelled);
         }
@@ -235,6 +262,15 @@ impl Backup<'_> {
             }
         })?;
         new_snapshot.keep();
+        if plan.compares()
+            && let Err(error) = chain.settle_suspicions()
+        {
+            log::warn!(
+                "{}: {}; the point is safe, the next backup compares again",
+                self.image,
+                Causes(&error)
+            );
+        }
         report.file = Some(committed.path);
         report.layer_bytes = committed.layer_bytes;
         report.data_bytes = report.progress.data.get();
@@ -298,35 +334,11 @@ impl Backup<'_> {
             }
         })
     }
-
-    fn copy(
-        &self,
-        source: &LibrbdSource,
-        layer: &dyn LayerWriter,
-        plan: &Plan,
-        pending: &PendingLayer<'_>,
-        stop: &Cancel,
-        progress: &Progress,
-    ) -> Result<Duration, BackupError> {
-        let copy = Copy {
-            source,
-            layer,
-            root: plan.parent().is_none(),
-            digests: Some(pending.digests()),
-            buffers: self.buffers,
-            rate_limit: self.rate_limit,
-            parallel: self.options.parallel,
-            progress,
-            cancel: self.cancel,
-            stop,
-        };
-        Ok(copy.run()?)
-    }
 }
 
 impl BackupError {
-    /// What casts doubt upon what was read; `None` where that is not why it failed.
-    fn doubt(&self) -> Option<&Doubt> {
+    /// Why the cluster is not trusted; `None` where that is not why it failed.
+    fn distrust(&self) -> Option<&Distrust> {
         let (Self::Copy(CopyError::Source(error)) | Self::Source(error)) = self else { return None };
         match error {
             SourceError::Segments { cause, .. }

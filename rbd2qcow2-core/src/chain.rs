@@ -31,6 +31,7 @@ mod merge;
 pub mod names;
 mod planned;
 mod retired;
+mod suspect;
 
 pub use announcement::Announcement;
 pub use catalogue::{Catalogue, Point, PointKind, Problem, images_in};
@@ -38,6 +39,7 @@ pub use error::ChainError;
 pub use manifest::{Manifest, Record};
 pub use merge::{MergedLayer, Onto, PendingMerge};
 pub use names::{ChainId, ImageName, PointName, SnapshotName};
+pub use suspect::{Doubt, Suspicion};
 
 use crate::error::Causes;
 use digests::DigestWriter;
@@ -62,6 +64,12 @@ const RETIRED_FILE: &str = ".retired";
 
 /// Its name while it is being written.
 const RETIRED_PARTIAL: &str = ".retired.partial";
+
+/// Name of the note about points that may lack something.
+const SUSPECT_FILE: &str = ".suspect.json";
+
+/// Its name while it is being written.
+const SUSPECT_PARTIAL: &str = ".suspect.json.partial";
 
 /// The directory where the points of `image` are, in the destination `dest`. It need not exist.
 #[must_use]

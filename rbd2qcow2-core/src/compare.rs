@@ -8,7 +8,16 @@ use crate::extent::{Extent, ExtentKind, is_zero};
 use crate::layer::Patch;
 use crate::source::{RbdDiffSource, SourceError};
 
-/// How finely is compared, in bytes: a page of most guests' file systems.
+mod changed;
+mod whole;
+
+#[cfg(feature = "rbd")]
+pub(crate) use changed::OnlyChanged;
+#[cfg(feature = "rbd")]
+pub(crate) use whole::Whole;
+
+/// How finely is compared where nothing speaks for another grain, in bytes: a page of most guests' file
+/// systems.
 pub(crate) const GRAIN: usize = 4096;
 
 /// Compares patches with an image.
@@ -21,6 +30,8 @@ pub(crate) struct Comparison<'a> {
     pub(crate) buffers: &'a BufferPool,
     /// Ends the wait for memory.
     pub(crate) stop: &'a Cancel,
+    /// How finely is compared, in bytes.
+    pub(crate) grain: usize,
 }
 
 impl Comparison<'_> {
@@ -44,7 +55,7 @@ impl Comparison<'_> {
                 Some(wanted) => held[grain.clone()] != wanted[grain.clone()],
                 None => !is_zero(&held[grain.clone()]),
             };
-            let grains = (0..held.len()).step_by(GRAIN).map(|at| at..held.len().min(at + GRAIN));
+            let grains = (0..held.len()).step_by(self.grain).map(|at| at..held.len().min(at + self.grain));
             for grain in grains.filter(differs) {
                 let (offset, length) = (piece.offset + grain.start as u64, grain.len() as u64);
                 match found.last_mut() {

@@ -42,8 +42,10 @@ pub mod point;
 #[cfg(feature = "rbd")]
 pub mod pool;
 pub mod progress;
+pub mod prove;
 pub mod prune;
 pub mod qcow2;
+mod ranges;
 pub mod rate;
 #[cfg(feature = "rbd")]
 pub mod rbd;

@@ -16,6 +16,20 @@ pub enum DiffMode {
     /// The object maps' dirty bits are believed. Misses changes after a rollback, and wherever a
     /// client wrote a wrong map.
     Fast,
+    /// Nothing is believed: the whole image is read and compared with what the chain holds. Needs no base
+    /// snapshot.
+    Compare,
+}
+
+/// What to do where the base snapshot is gone: somebody removed it, or made it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum BaseGone {
+    /// A new chain begins with a full backup.
+    #[default]
+    Full,
+    /// The whole image is compared with the newest point, and the chain goes on: [`DiffMode::Compare`].
+    Compare,
 }
 
 impl DiffMode {
@@ -26,6 +40,7 @@ impl DiffMode {
             Self::Exact => "exact",
             Self::Scan => "scan",
             Self::Fast => "fast",
+            Self::Compare => "compare",
         }
     }
 }
@@ -69,6 +84,11 @@ pub struct BackupOptions {
     pub extended_l2: ExtendedL2,
     /// How changes are found.
     pub diff: DiffMode,
+    /// Pages of 4 KiB that an incremental backup reads where nothing is reported to have changed, and holds
+    /// against the chain; 0 believes what is reported.
+    pub prove: usize,
+    /// What to do where the base snapshot is gone.
+    pub when_base_is_gone: BaseGone,
     /// Makes a root even where an incremental backup is possible.
     pub full: bool,
     /// Snapshots of the chain that stay in the cluster after a backup, at least 1: the next
@@ -100,6 +120,8 @@ impl Default for BackupOptions {
             cluster_size: None,
             extended_l2: ExtendedL2::Auto,
             diff: DiffMode::Exact,
+            prove: 64,
+            when_base_is_gone: BaseGone::default(),
             full: false,
             keep_snapshots: 1,
             rate_limit: None,

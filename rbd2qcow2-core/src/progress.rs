@@ -148,6 +148,8 @@ pub struct ImageReport {
     pub zero_bytes: u64,
     /// Bytes read from the cluster.
     pub read_bytes: u64,
+    /// Bytes that were not reported as changed, were read all the same, and are what the chain holds.
+    pub proved_bytes: u64,
     /// Bytes that the layer occupies on disk.
     pub layer_bytes: u64,
     /// From the start of the copy until nothing was left to compare.
@@ -174,6 +176,7 @@ impl ImageReport {
             data_bytes: 0,
             zero_bytes: 0,
             read_bytes: 0,
+            proved_bytes: 0,
             layer_bytes: 0,
             diff_time: Duration::ZERO,
             time: Duration::ZERO,

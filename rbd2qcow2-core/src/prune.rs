@@ -10,6 +10,7 @@ use jiff::tz::TimeZone;
 
 use crate::cancel::Cancel;
 use crate::chain::{Catalogue, ChainWriter, ImageName, image_directory};
+use crate::error::Causes;
 use crate::merge::{MergeObserver, MergeOptions};
 
 mod error;
@@ -92,6 +93,10 @@ impl PruneImage<'_> {
         // What hindered that may be gone with some points: a full disk, for instance.
         completed.or_else(|_| take_over::complete(&mut writer, self))?;
         writer.refresh()?;
+        if let Err(error) = writer.settle_suspicions() {
+            // It concerns no point, so nobody is misled meanwhile.
+            log::warn!("{}: {}; the next run tries again", self.image, Causes(&error));
+        }
         let freed = before.saturating_sub(layer_bytes(writer.catalogue()));
         (plan.freed_at_least, plan.freed_at_most) = (freed, freed);
         Ok(plan)

@@ -13,7 +13,9 @@ use std::path::Path;
 use crate::cancel::Cancel;
 use crate::chain::lock::ChainLock;
 use crate::chain::names::PointFile;
-use crate::chain::{Catalogue, ChainError, ImageName, Point, PointName, Problem, image_directory};
+use crate::chain::{
+    Catalogue, ChainError, Doubt, ImageName, Point, PointName, Problem, Suspicion, image_directory,
+};
 use crate::progress::Amount;
 
 mod affected;
@@ -79,6 +81,9 @@ pub enum VerifyStatus {
     /// Nothing wrong was found, but some data, of its layer or of one below, cannot be held against what was
     /// backed up: see [`PointReport::unverified`].
     Unverifiable,
+    /// Nothing is wrong with its files, but a later backup found that changes were lost on the way to it, or
+    /// to a point above it: see [`PointReport::suspicion`].
+    Suspect,
 }
 
 impl VerifyStatus {
@@ -89,6 +94,7 @@ impl VerifyStatus {
             Self::Ok => "ok",
             Self::Damaged => "damaged",
             Self::Unverifiable => "unverifiable",
+            Self::Suspect => "suspect",
         }
     }
 }
@@ -110,6 +116,8 @@ pub struct PointReport {
     /// Why it is not known whether its data are what was backed up; empty where that is known. The oldest
     /// layer comes first.
     pub unverified: Vec<Unverified>,
+    /// Why it may lack changes, in words; `None` where nothing is known against it.
+    pub suspicion: Option<String>,
     /// How it compares with the snapshot that it was taken from; `None` where that was not asked.
     pub source: Option<SourceStatus>,
 }
@@ -327,14 +335,30 @@ fn report(
         source.status
     });
     findings.extend_from_slice(inherited);
-    let status = match (findings.is_empty(), unverified.is_empty()) {
-        (false, _) => VerifyStatus::Damaged,
-        (true, true) => VerifyStatus::Ok,
-        (true, false) => VerifyStatus::Unverifiable,
+    // What is the same as its snapshot lacks nothing.
+    let suspicion = catalogue
+        .point(point)
+        .and_then(|point| catalogue.suspicion(point))
+        .filter(|suspicion| suspicion.doubt == Doubt::Differs && source != Some(SourceStatus::Same))
+        .map(Suspicion::describe);
+    let status = match (findings.is_empty(), &suspicion, unverified.is_empty()) {
+        (false, _, _) => VerifyStatus::Damaged,
+        (true, Some(_), _) => VerifyStatus::Suspect,
+        (true, None, true) => VerifyStatus::Ok,
+        (true, None, false) => VerifyStatus::Unverifiable,
     };
     more += findings.len().saturating_sub(FINDINGS_KEPT) as u64;
     findings.truncate(FINDINGS_KEPT);
-    PointReport { point, status, checked_bytes: verdict.checked, findings, more, unverified, source }
+    PointReport {
+        point,
+        status,
+        checked_bytes: verdict.checked,
+        findings,
+        more,
+        unverified,
+        suspicion,
+        source,
+    }
 }
 
 /// What the catalogue has found wrong with the files of a point.

@@ -95,21 +95,19 @@ fn draw(listing: &Listing, now: Timestamp, lines: &mut Vec<Line<{ COLUMNS.len() 
                 virtual_size(point, listing.parent(point)),
                 human::size(point.layer_bytes),
                 needed_by[line.point].to_string(),
-                marks(point).to_owned(),
+                marks(listing, point),
             ])
         }));
     }
 }
 
 /// What is special about a point.
-fn marks(point: &Point) -> &'static str {
+fn marks(listing: &Listing, point: &Point) -> String {
     let held = point.manifest.as_ref().is_some_and(|manifest| manifest.hold.is_some());
-    match (point.sound, held) {
-        (true, false) => "",
-        (true, true) => "held",
-        (false, false) => "broken",
-        (false, true) => "broken, held",
-    }
+    let suspect = listing.catalogue.suspicion(point).is_some();
+    let marks = [(!point.sound, "broken"), (suspect, "suspect"), (held, "held")];
+    let marks: Vec<_> = marks.into_iter().filter_map(|(is_so, mark)| is_so.then_some(mark)).collect();
+    marks.join(", ")
 }
 
 fn kind(point: &Point) -> &'static str {

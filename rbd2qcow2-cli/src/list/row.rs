@@ -1,7 +1,7 @@
 //! One point in a listing for programs.
 
 use jiff::Timestamp;
-use rbd2qcow2_core::chain::{ImageName, Point, PointKind};
+use rbd2qcow2_core::chain::{Catalogue, Point, PointKind};
 use serde::{Serialize, Serializer};
 
 /// A point, with `None` for what is not known of it.
@@ -35,6 +35,8 @@ pub struct Row {
     pool: Option<String>,
     /// The namespace within the pool; empty for the default one.
     namespace: Option<String>,
+    /// Whether it may lack changes.
+    suspect: bool,
 }
 
 /// Spells a time as RFC 3339 does.
@@ -43,11 +45,11 @@ fn rfc3339<S: Serializer>(time: &Timestamp, serializer: S) -> Result<S::Ok, S::E
 }
 
 impl Row {
-    /// What is known of a point of `image`.
-    pub fn new(image: &ImageName, point: &Point) -> Self {
+    /// What is known of a point.
+    pub fn new(catalogue: &Catalogue, point: &Point) -> Self {
         let record = point.manifest.as_ref().map(|manifest| &manifest.record);
         Self {
-            image: image.as_str().to_owned(),
+            image: catalogue.image().as_str().to_owned(),
             point: point.name.to_string(),
             kind: point.kind.map(|kind| match kind {
                 PointKind::Full => "full",
@@ -62,6 +64,7 @@ impl Row {
             chain: record.map(|record| record.chain.to_string()),
             pool: record.map(|record| record.pool.clone()),
             namespace: record.map(|record| record.namespace.clone()),
+            suspect: catalogue.suspicion(point).is_some(),
         }
     }
 }
@@ -91,6 +94,7 @@ mod tests {
             chain: Some("0123abcd".into()),
             pool: Some("rbd".into()),
             namespace: Some(String::new()),
+            suspect: false,
         }
     }
 
@@ -119,12 +123,15 @@ mod tests {
                 r#""virtual_size":8589934592,"layer_bytes":1048576,"#,
                 r#""file":"/b/vm%201/vm%201@20261122T173312Z.qcow2","#,
                 r#""snapshot":"rbd2qcow2-0123abcd-20261122T173312Z","chain":"0123abcd","#,
-                r#""pool":"rbd","namespace":""}"#
+                r#""pool":"rbd","namespace":"","suspect":false}"#
             )
         );
         let unknown = serde_json::to_string(&unknown()).unwrap();
         assert!(unknown.contains(r#""kind":null,"parent":null,"created":"2026-11-22T17:33:12Z""#));
         assert!(unknown.contains(r#""virtual_size":null,"layer_bytes":1048576"#));
-        assert!(unknown.ends_with(r#""snapshot":null,"chain":null,"pool":null,"namespace":null}"#));
+        assert!(
+            unknown
+                .ends_with(r#""snapshot":null,"chain":null,"pool":null,"namespace":null,"suspect":false}"#)
+        );
     }
 }

@@ -32,6 +32,9 @@ pub fn of(listing: &Listing, now: Timestamp) -> Vec<String> {
     if listing.catalogue.points().is_empty() && !matches!(listing.activity, Activity::Writing(_)) {
         about(Some("no backup of it was completed yet".to_owned()));
     }
+    for suspicion in listing.catalogue.suspicions() {
+        about(Some(suspicion.describe()));
+    }
     about(in_the_future(listing, now));
     for old in old_chains(listing) {
         about(Some(old));

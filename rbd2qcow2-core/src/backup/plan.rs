@@ -3,33 +3,71 @@
 use super::{Backup, BackupError};
 use crate::chain::catalogue::{Catalogue, Point, PointKind};
 use crate::chain::names::{ChainId, ImageName, PointName, SnapshotName};
-use crate::chain::{ChainError, image_directory};
+use crate::chain::{ChainError, Doubt, image_directory};
 use crate::error::Causes;
 use crate::layer::SECTOR;
+use crate::options::{BaseGone, DiffMode};
 use crate::progress::{ImageReport, Status};
 use crate::rbd::{Features, Granularity, Image, ImageInfo, Snapshot};
-use crate::source::librbd::{BaseSnapshot, Doubt};
+use crate::source::librbd::{BaseSnapshot, Distrust};
 
-/// What a backup will be. Incremental only when the base is beyond doubt.
+/// What a backup will be. Incremental only when the base is beyond doubt, or is compared with.
 #[derive(Clone, Debug)]
 pub struct Plan {
     base: Option<Base>,
-    /// Why the backup is full where it need not be.
+    /// Why the backup is full where it need not be, or compares the whole image where it need not.
     reason: Option<String>,
 }
 
 #[derive(Clone, Debug)]
 struct Base {
     point: Point,
-    /// The RBD snapshot that the point was taken from.
-    snapshot: Snapshot,
-    /// The one before, where writers may have changed that one after it was read.
+    /// The RBD snapshot that the point was taken from, where what changed since is asked for; `None` where
+    /// the whole image is compared with the point.
+    snapshot: Option<Snapshot>,
+    /// The snapshot before that one, where writers may have changed that one after it was read.
     guard: Option<String>,
+}
+
+/// Why a point is not to be built upon by asking what changed since.
+enum Gone {
+    /// Its snapshot is not there any more. Everything else is as it was.
+    Snapshot(String),
+    /// It may be the point of something else.
+    Doubt(String),
 }
 
 impl Plan {
     fn full(reason: Option<String>) -> Self {
         Self { base: None, reason }
+    }
+
+    /// Builds upon `point`, of the base snapshot `snapshot`, if that one and the image can be compared at all.
+    fn upon(point: &Point, snapshot: Snapshot, image: &ImageInfo, snapshots: &[Snapshot]) -> Self {
+        if is_migrating(point, image) {
+            let reason = "compared with the chain, as what an image shows while it migrates is in no diff";
+            return Self::comparing(point, Some(reason.into()));
+        }
+        let guard = may_have_changed(point, image).then(|| guard_of(point, &snapshot, snapshots));
+        if let Some(None) = guard {
+            let reason = "compared with the chain: the image has no exclusive-lock, so that writers may have changed \
+                the base snapshot after it was read, and there is no older one yet that would tell";
+            return Self::comparing(point, Some(reason.into()));
+        }
+        let base = Base { point: point.clone(), snapshot: Some(snapshot), guard: guard.flatten() };
+        Self { base: Some(base), reason: None }
+    }
+
+    /// Builds upon `point`, and finds out what changed by comparing the whole image with it. `reason` tells
+    /// why, where nobody asked for that.
+    fn comparing(point: &Point, reason: Option<String>) -> Self {
+        Self { base: Some(Base { point: point.clone(), snapshot: None, guard: None }), reason }
+    }
+
+    /// Whether the whole image is compared with the point that is built upon.
+    #[must_use]
+    pub fn compares(&self) -> bool {
+        self.base.as_ref().is_some_and(|base| base.snapshot.is_none())
     }
 
     /// The point that the new one builds upon; `None` for a root.
@@ -38,13 +76,14 @@ impl Plan {
         self.base.as_ref().map(|base| &base.point)
     }
 
-    /// The snapshot that the new one is compared with; `None` for a root.
+    /// The snapshot that the new one is compared with; `None` for a root, and where the whole image is
+    /// compared with the point.
     #[must_use]
     pub fn base_snapshot(&self) -> Option<BaseSnapshot> {
         let base = self.base.as_ref()?;
         let manifest = base.point.manifest.as_ref();
         Some(BaseSnapshot {
-            name: base.snapshot.name.clone(),
+            name: base.snapshot.as_ref()?.name.clone(),
             map_digest: manifest.and_then(|manifest| manifest.record.object_map.clone()),
             guard: base.guard.clone(),
         })
@@ -58,7 +97,7 @@ impl Plan {
 
     /// The snapshot that the new one is compared with, as it was listed when that was decided.
     pub(super) fn base_listed(&self) -> Option<&Snapshot> {
-        self.base.as_ref().map(|base| &base.snapshot)
+        self.base.as_ref()?.snapshot.as_ref()
     }
 
     pub(super) fn tell(&self, report: &mut ImageReport) {
@@ -75,7 +114,7 @@ impl Backup<'_> {
         &self,
         catalogue: &Catalogue,
         head: &Image,
-        before: Option<&Doubt>,
+        before: Option<&Distrust>,
     ) -> Result<Plan, BackupError> {
         if self.options.full {
             return Ok(Plan::full(Some("--full asks for it".into())));
@@ -86,24 +125,28 @@ impl Backup<'_> {
             log::warn!("{}: {reason}; a new chain begins, the files of the old one stay", self.image);
             return Ok(Plan::full(Some(reason)));
         }
-        if let Some(doubt @ Doubt::BaseMapChanged { .. }) = before {
-            return Ok(Plan::full(Some(doubt.to_string())));
+        if let Some(reason @ Distrust::BaseMapChanged { .. }) = before {
+            return Ok(Plan::comparing(newest, Some(reason.to_string())));
         }
+        let suspicion = catalogue.suspicion(newest);
+        if let Some(suspicion) = suspicion.filter(|suspicion| suspicion.doubt == Doubt::Unreadable) {
+            return Ok(Plan::full(Some(format!("the chain cannot be read: {}", suspicion.describe()))));
+        }
+        let asked = self.options.diff == DiffMode::Compare;
+        let may_compare = asked || self.options.when_base_is_gone == BaseGone::Compare;
         let (info, snapshots) = (head.info()?, head.snapshots()?);
-        let snapshot = match self.base_of(newest, &info, &snapshots) {
-            Ok(snapshot) => snapshot,
-            Err(reason) => return Ok(Plan::full(Some(reason))),
-        };
-        if !may_have_changed(newest, &info) {
-            let base = Base { point: newest.clone(), snapshot, guard: None };
-            return Ok(Plan { base: Some(base), reason: None });
-        }
-        Ok(match guard_of(newest, &snapshot, &snapshots) {
-            Some(guard) => {
-                let base = Base { point: newest.clone(), snapshot, guard: Some(guard) };
-                Plan { base: Some(base), reason: None }
+        Ok(match (self.base_of(newest, &info, &snapshots), suspicion) {
+            (Err(Gone::Snapshot(reason)), _) if may_compare => Plan::comparing(newest, Some(reason)),
+            (Err(Gone::Snapshot(reason) | Gone::Doubt(reason)), _) => Plan::full(Some(reason)),
+            (Ok(_), Some(suspicion)) => {
+                let reason = format!(
+                    "compared with the whole image, as the chain is suspect: {}",
+                    suspicion.describe()
+                );
+                Plan::comparing(newest, Some(reason))
             }
-            None => Plan::full(Some("the image has no exclusive-lock, so its snapshot may have changed since it was read, and there is no older one that would tell".into())),
+            (Ok(_), None) if asked => Plan::comparing(newest, None),
+            (Ok(snapshot), None) => Plan::upon(newest, snapshot, &info, &snapshots),
         })
     }
 
@@ -119,33 +162,35 @@ impl Backup<'_> {
     }
 
     /// The snapshot that `point` was taken from, or why that is in doubt.
-    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<Snapshot, String> {
+    fn base_of(&self, point: &Point, image: &ImageInfo, snapshots: &[Snapshot]) -> Result<Snapshot, Gone> {
         let find = |name: &str| {
             let found = snapshots.iter().find(|snapshot| snapshot.name == name);
             found.ok_or_else(|| format!("the base snapshot {name:?} is gone from the cluster"))
         };
         let Some(manifest) = &point.manifest else {
             if !point.name.is_python() {
-                return Err(format!("the manifest of {} is missing or damaged", point.path.display()));
+                let text = format!("the manifest of {} is missing or damaged", point.path.display());
+                return Err(Gone::Doubt(text));
             }
-            return python_base(point, find);
+            // Nothing but the snapshot tells that the image is the same.
+            return python_base(point, find).map_err(Gone::Doubt);
         };
         let record = &manifest.record;
         let same = |what: &str, then: &str, now: &str| match then == now {
             true => Ok(()),
             false => Err(format!("{what} is {now:?}, and was {then:?} at the last point")),
         };
-        same("the cluster's fsid", &record.fsid, self.fsid)?;
-        same("the pool", &record.pool, self.pool_name)?;
-        same("the namespace", &record.namespace, self.namespace)?;
+        same("the cluster's fsid", &record.fsid, self.fsid).map_err(Gone::Doubt)?;
+        same("the pool", &record.pool, self.pool_name).map_err(Gone::Doubt)?;
+        same("the namespace", &record.namespace, self.namespace).map_err(Gone::Doubt)?;
         same("the image's id", &record.image_id, &image.id)
-            .map_err(|different| format!("the image was deleted and made again: {different}"))?;
-        let snapshot = find(&record.snapshot)?;
+            .map_err(|different| Gone::Doubt(format!("the image was deleted and made again: {different}")))?;
+        let snapshot = find(&record.snapshot).map_err(Gone::Snapshot)?;
         if snapshot.id != record.snapshot_id {
-            return Err(format!(
+            return Err(Gone::Snapshot(format!(
                 "the base snapshot {:?} was deleted and made again: its id is {}, and was {}",
                 snapshot.name, snapshot.id, record.snapshot_id
-            ));
+            )));
         }
         Ok(snapshot.clone())
     }
@@ -183,6 +228,12 @@ impl Backup<'_> {
         }
         Ok(Status::Ok)
     }
+}
+
+/// Whether the image is on its way to another place, or was when the point was made.
+fn is_migrating(point: &Point, image: &ImageInfo) -> bool {
+    let recorded = point.manifest.as_ref().map(|manifest| Features(manifest.record.features.bits));
+    [Some(image.features), recorded].into_iter().flatten().any(|features| features.has(Features::MIGRATING))
 }
 
 /// Whether writers that had not heard of the point's snapshot may have written into it since it was read.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use super::announcement::Announcement;
 use super::error::ChainError;
 use super::names::{ChainId, FileKind, ImageName, PointFile, PointName};
+use super::suspect::{self, Doubt, Suspicion};
 
 mod directory;
 mod examine;
@@ -52,6 +53,8 @@ pub struct Catalogue {
     newest_unseen: Option<PointName>,
     /// The newest name that any file of the image bears.
     last_name: Option<PointName>,
+    /// What is known against points.
+    suspicions: Vec<Suspicion>,
 }
 
 impl Catalogue {
@@ -75,7 +78,9 @@ impl Catalogue {
             unused_bases: false,
             newest_unseen: None,
             last_name: files.by_point.keys().next_back().copied(),
+            suspicions: Vec::new(),
         };
+        catalogue.suspicions = suspect::read(directory, image, catalogue.last_name);
         let waits = |of_point: &OfPoint| of_point.merged_manifest || of_point.merged_digests;
         let unsettled = files.by_point.iter().filter(|(_, of_point)| waits(of_point));
         catalogue.unsettled = unsettled.map(|(name, _)| *name).collect();
@@ -161,6 +166,19 @@ impl Catalogue {
     /// [`ChainError::AnnouncementDamaged`], [`ChainError::Io`].
     pub fn announced(&self) -> Result<Option<Announcement>, ChainError> {
         Announcement::read(&self.directory, &self.image)
+    }
+
+    /// What is known against points: that they may lack changes, though nothing is wrong with their files.
+    #[must_use]
+    pub fn suspicions(&self) -> &[Suspicion] {
+        &self.suspicions
+    }
+
+    /// What is known against a point: the worst of it.
+    #[must_use]
+    pub fn suspicion(&self, point: &Point) -> Option<&Suspicion> {
+        let concerning = || self.suspicions.iter().filter(|suspicion| suspicion.concerns(point));
+        concerning().find(|suspicion| suspicion.doubt == Doubt::Unreadable).or_else(|| concerning().next())
     }
 
     /// The newest name that is in use, also by damaged points: the next one must be newer.

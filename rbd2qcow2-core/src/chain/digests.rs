@@ -29,8 +29,10 @@ use super::durable;
 use super::error::ChainError;
 
 pub(crate) mod combine;
+mod index;
 mod reader;
 
+pub(crate) use index::DigestIndex;
 pub use reader::DigestReader;
 
 /// The first eight bytes of every file of digests.

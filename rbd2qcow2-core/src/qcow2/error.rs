@@ -131,4 +131,17 @@ impl ReadError {
             Self::OutOfRange { .. } | Self::NoLayers => None,
         }
     }
+
+    /// Whether a file is not what it was when it was written. Otherwise it is the disk, a limit or right of
+    /// this process, or the caller, that is at fault, and another try may succeed.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        !matches!(
+            self,
+            Self::Header { cause: HeaderError::Read(_), .. }
+                | Self::Io { .. }
+                | Self::OutOfRange { .. }
+                | Self::NoLayers
+        )
+    }
 }

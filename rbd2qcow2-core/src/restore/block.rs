@@ -7,7 +7,7 @@
 use super::{LEAST_MEMORY, Restore, RestoreError, RestoreReport, Run};
 use crate::buffer::BufferPool;
 use crate::cancel::Cancel;
-use crate::compare::Comparison;
+use crate::compare::{Comparison, GRAIN};
 use crate::copy::{self, Copy, CopyError};
 use crate::layer::LayerError;
 use crate::layer::block::{BlockImage, BlockLayer, Task};
@@ -121,7 +121,8 @@ impl Change<'_> {
     fn mend(&self, contents: &dyn RbdDiffSource) -> Result<(u64, u64), BoxError> {
         self.run.stage(Stage::Copy);
         let half = self.memory() / 2;
-        let comparison = Comparison { image: contents, buffers: &BufferPool::new(half), stop: self.stop };
+        let comparison =
+            Comparison { image: contents, buffers: &BufferPool::new(half), stop: self.stop, grain: GRAIN };
         let layer = self.layer(Task::Mend(comparison));
         let source = ChainSource::new(self.point.chain(), self.point.size());
         self.copy(&source, &layer, false, half, &self.run.progress)?;

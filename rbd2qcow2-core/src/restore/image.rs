@@ -20,7 +20,7 @@ use crate::layer::block::BlockImage;
 use crate::point::OpenPoint;
 use crate::progress::Observer;
 use crate::rbd::{Cluster, ClusterOptions, Features, Image, Patience, Pool, RbdError};
-use crate::source::librbd::{Doubt, LibrbdSource};
+use crate::source::librbd::{Distrust, LibrbdSource};
 use crate::source::{BoxError, RbdDiffSource, SourceError};
 
 mod error;
@@ -141,7 +141,7 @@ fn contents(target: &ImageTarget, opened: &Opened) -> Result<LibrbdSource, BoxEr
     match contents.check_denied() {
         Ok(()) => Ok(contents),
         // What an object held that the map denies would come back with the first write into it.
-        Err(SourceError::Unreliable { cause }) if cause.is::<Doubt>() => {
+        Err(SourceError::Unreliable { cause }) if cause.is::<Distrust>() => {
             log::warn!("{target}: {cause}; the map is rebuilt now, the restore goes on");
             opened.image.rebuild_object_map()?;
             let contents = open()?;

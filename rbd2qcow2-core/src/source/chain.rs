@@ -29,6 +29,13 @@ impl<'a> ChainSource<'a> {
     pub fn new(chain: &'a ChainReader, size: u64) -> Self {
         Self { chain, size: size.min(chain.virtual_size()) }
     }
+
+    /// The first `size` bytes of what a larger layer upon `chain` shows where it holds nothing: zeroes behind
+    /// the chain's end.
+    #[must_use]
+    pub fn below(chain: &'a ChainReader, size: u64) -> Self {
+        Self { chain, size }
+    }
 }
 
 impl RbdDiffSource for ChainSource<'_> {
@@ -45,7 +52,8 @@ impl RbdDiffSource for ChainSource<'_> {
 
     fn diff(&self, segment: Range<u64>, found: &mut Vec<Extent>) -> Result<(), SourceError> {
         let failed = |cause| SourceError::Diff { range: segment.clone(), cause: Box::new(cause) };
-        for piece in self.chain.map(segment.clone()).map_err(failed)? {
+        let end = self.chain.virtual_size();
+        for piece in self.chain.map(segment.start.min(end)..segment.end.min(end)).map_err(failed)? {
             let piece = piece.map_err(failed)?;
             match piece.piece {
                 Piece::Data | Piece::Compressed => found.extend(Extent::new(piece.range, ExtentKind::Data)),
@@ -57,7 +65,13 @@ impl RbdDiffSource for ChainSource<'_> {
 
     fn read(&self, offset: u64, buffer: &mut Buffer) -> Result<(), SourceError> {
         let length = buffer.len();
-        self.chain.read_at(offset, buffer).map_err(|cause| SourceError::Read {
+        let end = offset.saturating_add(length as u64).min(self.chain.virtual_size());
+        let inside = usize::try_from(end.saturating_sub(offset)).expect("within a buffer");
+        buffer[inside..].fill(0);
+        if inside == 0 {
+            return Ok(());
+        }
+        self.chain.read_at(offset, &mut buffer[..inside]).map_err(|cause| SourceError::Read {
             offset,
             length,
             cause: Box::new(cause),

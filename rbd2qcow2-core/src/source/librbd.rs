@@ -8,11 +8,11 @@
 //!   the OSDs say of changes.
 //! - One that the new map does not list shows nothing of its own any more.
 //! - A map that denies an object for which the OSDs list data is wrong, and so is whatever was read through
-//!   it: [`Doubt::ObjectMapWrong`]. This is looked at where the OSDs are asked anyway, of samples of all other
-//!   objects that the map denies (of nearly all of them in a full backup), and at the end of those that the
-//!   image's own map lists by then.
+//!   it: [`Distrust::ObjectMapWrong`]. This is looked at where the OSDs are asked anyway (in a full backup for
+//!   nearly all that the map denies), and at the end for samples, and for all that the image's own map lists by
+//!   then.
 //! - A base's map that lists other objects than at its own backup cannot tell what was shown:
-//!   [`Doubt::BaseMapChanged`].
+//!   [`Distrust::BaseMapChanged`].
 //!
 //! librbd's comparison of whole objects (fast-diff) is not believed at all unless asked for
 //! ([`DiffMode::Fast`]): it misses changes after a rollback, and clients wrote wrong dirty bits for years (Ceph
@@ -40,12 +40,12 @@ use crate::layer::SECTOR;
 use crate::options::DiffMode;
 use crate::rbd::{Ancestry, Features, Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
 
-mod doubt;
+mod distrust;
 mod existence;
 mod listed;
 mod window;
 
-pub use doubt::Doubt;
+pub use distrust::Distrust;
 use existence::Pieces;
 use listed::{distrust_zeroes, fill, within};
 use window::{Known, Segments, Stretch, Window};
@@ -101,6 +101,8 @@ impl LibrbdSource {
     /// Opens `snapshot` of an image, to be compared with the older snapshot `base`, or with nothing
     /// for a full backup. Blocks.
     ///
+    /// [`DiffMode::Compare`], which is no business of librbd, counts as [`DiffMode::Exact`].
+    ///
     /// Where the object maps that `mode` needs are absent or invalid, it becomes [`DiffMode::Scan`];
     /// see [`fallback`](Self::fallback).
     ///
@@ -133,6 +135,7 @@ impl LibrbdSource {
                 Some(Base { name, image, info, map_digest, guard })
             }
         };
+        let mode = if mode == DiffMode::Compare { DiffMode::Exact } else { mode };
         let fallback = match mode {
             DiffMode::Scan => None,
             _ if !info.object_map_valid => Some("the snapshot has no valid object map"),
@@ -213,8 +216,9 @@ impl LibrbdSource {
         self.map_digest.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What librbd iterates over at a time: an object, or a set of objects that share stripes.
-    fn period(&self) -> u64 {
+    /// What librbd iterates over at a time, in bytes: an object, or a set of objects that share stripes.
+    #[must_use]
+    pub fn period(&self) -> u64 {
         self.info.object_size.saturating_mul(self.info.stripe_count.max(1))
     }
 
@@ -345,15 +349,15 @@ impl LibrbdSource {
     }
 
     /// An error where the OSDs hold data in a stretch that the map denies.
-    fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), Doubt> {
+    fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), Distrust> {
         match within(own, &stretch.range).find(|extent| extent.kind == ExtentKind::Data) {
             None => Ok(()),
             Some(extent) => Err(self.map_is_wrong(extent.offset)),
         }
     }
 
-    fn map_is_wrong(&self, offset: u64) -> Doubt {
-        Doubt::ObjectMapWrong {
+    fn map_is_wrong(&self, offset: u64) -> Distrust {
+        Distrust::ObjectMapWrong {
             image: self.pool.spec(&self.name),
             snapshot: self.snapshot.clone().unwrap_or_else(|| "HEAD".to_owned()),
             rebuild: self.base.as_ref().map(|base| base.name.clone()),
@@ -379,7 +383,7 @@ impl LibrbdSource {
         windows.push_back(window);
     }
 
-    /// Looks, through other handles, whether what was read can be relied on: see [`Doubt`]. `head` is the image
+    /// Looks, through other handles, whether what was read can be relied on: see [`Distrust`]. `head` is the image
     /// as it is now, opened since everything was read. Blocks.
     ///
     /// # Errors
@@ -391,7 +395,7 @@ impl LibrbdSource {
     }
 
     fn check_ancestry(&self, head: &Image) -> Result<(), super::BoxError> {
-        let changed = |change| Doubt::AncestryChanged { image: self.pool.spec(&self.name), change };
+        let changed = |change| Distrust::AncestryChanged { image: self.pool.spec(&self.name), change };
         let info = head.info()?;
         if info.id != self.info.id {
             let change = format!("another image has its name (id {}, it was {})", info.id, self.info.id);
@@ -420,7 +424,7 @@ impl LibrbdSource {
     /// Asks the OSDs for all objects that the image's map denies. Blocks.
     ///
     /// # Errors
-    /// [`SourceError::Unreliable`], of [`Doubt::ObjectMapWrong`] where one of them holds data.
+    /// [`SourceError::Unreliable`], of [`Distrust::ObjectMapWrong`] where one of them holds data.
     pub fn check_denied(&self) -> Result<(), SourceError> {
         if self.reads_all() || !self.info.object_map_valid {
             return Ok(());
@@ -458,22 +462,27 @@ impl LibrbdSource {
         Ok(())
     }
 
-    /// Looks at the objects that only the head's map lists. They came later; or a writer that had not heard of
-    /// the snapshot yet wrote into it.
+    /// Asks the OSDs for objects that the snapshot's map denies: those that the head's map lists (they came
+    /// later; or a writer that had not heard of the snapshot yet wrote into it), and some others.
     fn check_map(&self, head: &Image) -> Result<(), super::BoxError> {
-        let now = head.info()?;
-        if self.reads_all() || !self.info.object_map_valid || !now.object_map_valid || self.snapshot.is_none()
-        {
+        if self.reads_all() || !self.info.object_map_valid || self.snapshot.is_none() {
             return Ok(());
         }
-        for part in window::parts(self, self.info.size.min(now.size)) {
+        let now = head.info()?;
+        for part in window::parts(self, self.info.size) {
             let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
-            let bytes = part.start..part.end.min(self.info.size);
-            let listed = blank().listed(&self.image, None, bytes.clone())?;
-            let by_head = blank().listed(head, None, bytes.start..bytes.end.min(now.size))?;
-            let mut only_head = blank();
-            only_head.mark_each(&by_head, &listed, |head, listed| head & !listed);
-            self.check_holds_nothing(&only_head, &listed)?;
+            let end = part.end.min(self.info.size);
+            let listed = blank().listed(&self.image, None, part.start..end)?;
+            let mut suspects = blank();
+            if now.object_map_valid {
+                let by_head = blank().listed(head, None, part.start.min(now.size)..end.min(now.size))?;
+                suspects.mark_each(&by_head, &listed, |head, listed| head & !listed);
+            }
+            // A scan has asked for all of them.
+            if self.base.is_some() && self.mode != DiffMode::Scan {
+                suspects.mark_some_besides(&listed, end, window::SAMPLES, window::SAMPLE);
+            }
+            self.check_holds_nothing(&suspects, &listed)?;
         }
         Ok(())
     }

@@ -158,7 +158,8 @@ impl Difference<'_> {
         let source = ChainSource::new(self.chain, self.size);
         self.count()?;
         let buffers = BufferPool::new(MEMORY);
-        let comparison = Comparison { image: self.snapshot, buffers: &buffers, stop: &self.stop };
+        let comparison =
+            Comparison { image: self.snapshot, buffers: &buffers, stop: &self.stop, grain: GRAIN };
         let held = Differing { comparison: Some(comparison), run: self.run, found: Mutex::default() };
         self.copy(&source, &held, false)?;
         let beyond = Beyond { image: self.snapshot, chain: self.chain, size: self.size };

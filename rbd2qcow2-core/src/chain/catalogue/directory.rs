@@ -11,6 +11,7 @@ use crate::chain::lock::LOCK_FILE;
 use crate::chain::names::{FileKind, ImageName, PointFile, PointName};
 use crate::chain::{
     ANNOUNCEMENT_FILE, ANNOUNCEMENT_PARTIAL, FORGET_FILE, FORGET_PARTIAL, RETIRED_FILE, RETIRED_PARTIAL,
+    SUSPECT_FILE, SUSPECT_PARTIAL,
 };
 
 /// The directories of images in a destination.
@@ -172,11 +173,14 @@ impl Files {
 
     fn take(&mut self, name: &str, path: PathBuf, image: &ImageName) {
         self.forgetting |= name == FORGET_FILE;
-        if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, RETIRED_FILE, PYTHON_ROOT].contains(&name) {
+        if [LOCK_FILE, ANNOUNCEMENT_FILE, FORGET_FILE, RETIRED_FILE, SUSPECT_FILE, PYTHON_ROOT]
+            .contains(&name)
+        {
             return;
         }
         let partial = PointFile::parse_partial(name).filter(|file| file.image == *image);
-        if partial.is_some() || [ANNOUNCEMENT_PARTIAL, FORGET_PARTIAL, RETIRED_PARTIAL].contains(&name) {
+        let partials = [ANNOUNCEMENT_PARTIAL, FORGET_PARTIAL, RETIRED_PARTIAL, SUSPECT_PARTIAL];
+        if partial.is_some() || partials.contains(&name) {
             // No run makes a directory of that name, so none may remove it.
             if path.is_dir() && !path.is_symlink() {
                 self.problems.push(Problem::NotARegularFile { path });

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use super::existence::{MapDigest, Pieces};
-use super::{Base, Doubt, LibrbdSource};
+use super::{Base, Distrust, LibrbdSource};
 use crate::options::DiffMode;
 use crate::rbd::{Image, RbdError};
 use crate::source::SourceError;
@@ -19,10 +19,10 @@ const SEGMENT_BYTES: u64 = 16 << 20;
 const WINDOW_PIECES: u64 = 1 << 22;
 
 /// Pieces in a row of which a sample of what the map denies consists. librbd asks for them at once.
-const SAMPLE: u64 = 32;
+pub(super) const SAMPLE: u64 = 32;
 
-/// Samples of an increment. With objects that exist no more than these, it is a matter of milliseconds.
-const SAMPLES: u64 = 8;
+/// Samples of an increment, asked for once all was read: a matter of milliseconds.
+pub(super) const SAMPLES: u64 = 8;
 
 /// In a full backup all that the map denies is asked for, as long as it is no more than this, or than so many
 /// times what exists: a question takes 30 us, an object of 4 MiB some ms to read.
@@ -113,7 +113,6 @@ impl Window {
                 } else {
                     self.asked.mark_each(now, base, |now, base| now | base);
                 }
-                self.asked.mark_some_besides(now, end, SAMPLES, SAMPLE);
             }
             // There is no such mode without both maps.
             (Some(_), None) => self.asked.mark(range.start..end),
@@ -225,7 +224,7 @@ impl<'a> Segments<'a> {
     }
 
     /// What the digests of the maps tell once all of them were read.
-    fn end(&mut self) -> Result<(), Doubt> {
+    fn end(&mut self) -> Result<(), Distrust> {
         let (now, base) = (std::mem::take(&mut self.now).finish(), std::mem::take(&mut self.base).finish());
         let source = self.source;
         // Of a clone, whatever is written also puts the parent's data into the snapshots' objects, and their
@@ -239,7 +238,7 @@ impl<'a> Segments<'a> {
             Some(Base { map_digest: Some(then), name, info, .. })
                 if info.object_map_valid && *then != base =>
             {
-                Err(Doubt::BaseMapChanged { image: source.pool.spec(&source.name), base: name.clone() })
+                Err(Distrust::BaseMapChanged { image: source.pool.spec(&source.name), base: name.clone() })
             }
             _ => Ok(()),
         }
@@ -269,8 +268,8 @@ impl Iterator for Segments<'_> {
                 }
                 None => {
                     self.ended = true;
-                    if let Err(doubt) = self.end() {
-                        return failed(0..size, doubt.into());
+                    if let Err(distrust) = self.end() {
+                        return failed(0..size, distrust.into());
                     }
                 }
             }

@@ -3,7 +3,7 @@
 /// Why what the cluster told of a snapshot cannot be relied on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Doubt {
+pub enum Distrust {
     /// The image, or one that shows through it, was flattened, removed or moved meanwhile: what was read
     /// through the old links may be zeroes or another image's data.
     #[error(
