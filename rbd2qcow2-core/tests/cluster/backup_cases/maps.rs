@@ -170,6 +170,37 @@ fn an_object_that_is_made_at_the_instant_of_the_snapshot() {
     }
 }
 
+/// The same in clones, plain and striped, where what the object hides is the parent's; also once all maps are
+/// repaired, the base's too.
+#[test]
+fn an_object_of_a_clone_that_is_made_at_the_instant_of_the_snapshot() {
+    let cluster = cluster_or_skip!("an_object_of_a_clone_that_is_made_at_the_instant_of_the_snapshot");
+    let layouts =
+        [small_objects(), small_objects().striped(OBJECT / 2, 2), small_objects().striped(OBJECT, 3)];
+    for repaired in [false, true] {
+        for layout in &layouts {
+            let mut store = Store::new(&cluster);
+            let parent = store.image("instant-parent", 2 * MIB, &small_objects());
+            store.driver.write(&parent, 0, 2 * MIB, 1).expect("a write");
+            store.driver.snap_create(&parent, "base").expect("a snapshot");
+            let spec = crate::cluster::unique_image("instant-clone");
+            store.driver.clone(&parent, "base", &spec, layout).expect("a clone");
+            let what = format!("{layout:?}, repaired {repaired}");
+            night(&store, &spec, &what).assert_right(&what);
+            store.driver.stale_write(&spec, 5, 0, OBJECT, 2, 0, &[]).expect("a stale write");
+            store.driver.write_object(&spec, 5, 1024, 512, 3).expect("a write");
+            store.options.prove = 0;
+            if repaired {
+                repair(&store, &spec);
+            }
+            store.driver.close(&spec).expect("closed");
+            night(&store, &spec, &format!("{what}, the second night")).assert_right_or_because(&what, REMEDY);
+            store.purge(&spec);
+            store.purge(&parent);
+        }
+    }
+}
+
 /// The head's map denies the object, too: nobody but the OSDs knows of it.
 #[test]
 fn an_object_that_no_map_has() {
