@@ -1,10 +1,14 @@
 //! Backups end to end, a test for each kind of image, of change and of mishap.
 
+mod ancestors;
 pub mod bases;
 mod changes;
 mod damage;
 mod images;
+mod late_writes;
 mod lost_changes;
+mod maps;
+mod migrations;
 mod runs;
 
 use crate::driver::{FULL_FEATURES, Layout};

@@ -8,6 +8,7 @@ Images stay open for writing between commands, as a virtual machine holds them, 
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ class Driver:
         self.conf = conf
         self.pools = {}
         self.open = {}
+        self.stale = None
 
     # --- What commands work on
 
@@ -129,6 +131,42 @@ class Driver:
         self.shut(spec)
         rbd.RBD().remove(self.pool(spec["pool"], spec["namespace"]), spec["image"])
 
+    def do_deep_copy(self, spec, to):
+        with self.at(spec, None) as image:
+            image.deep_copy(self.pool(to["pool"], to["namespace"]), to["image"])
+
+    def do_trash_move(self, spec):
+        with self.at(spec, None) as image:
+            number = image.id()
+        self.shut(spec)
+        rbd.RBD().trash_move(self.pool(spec["pool"], spec["namespace"]), spec["image"])
+        return number
+
+    def do_trash_restore(self, spec, id):
+        rbd.RBD().trash_restore(self.pool(spec["pool"], spec["namespace"]), id, spec["image"])
+
+    def do_trash_remove(self, spec, id):
+        rbd.RBD().trash_remove(self.pool(spec["pool"], spec["namespace"]), id, force=True)
+
+    def do_migration_prepare(self, spec, to, order, features, stripe_unit, stripe_count):
+        self.shut(spec)
+        rbd.RBD().migration_prepare(self.pool(spec["pool"], spec["namespace"]), spec["image"],
+                                    self.pool(to["pool"], to["namespace"]), to["image"],
+                                    order=order, features=feature_bits(features),
+                                    stripe_unit=stripe_unit, stripe_count=stripe_count)
+
+    def do_migration_execute(self, spec):
+        self.shut(spec)
+        rbd.RBD().migration_execute(self.pool(spec["pool"], spec["namespace"]), spec["image"])
+
+    def do_migration_commit(self, spec):
+        self.shut(spec)
+        rbd.RBD().migration_commit(self.pool(spec["pool"], spec["namespace"]), spec["image"])
+
+    def do_migration_abort(self, spec):
+        self.shut(spec)
+        rbd.RBD().migration_abort(self.pool(spec["pool"], spec["namespace"]), spec["image"])
+
     def do_rename(self, spec, name):
         self.shut(spec)
         rbd.RBD().rename(self.pool(spec["pool"], spec["namespace"]), spec["image"], name)
@@ -144,6 +182,7 @@ class Driver:
             try:
                 parent = list(image.parent_info())
             except rbd.ImageNotFound:
+                # There is none, or it is in the trash.
                 parent = None
             flags = image.flags()
             return {
@@ -195,6 +234,17 @@ class Driver:
         if done.returncode != 0:
             raise RuntimeError(f"{command}: {done.stderr.decode(errors='replace')}")
 
+    def do_check_object_map(self, spec, snapshot):
+        command = ["rbd", "-c", self.conf, "object-map", "check", "--no-progress", "--pool", spec["pool"],
+                   "--namespace", spec["namespace"], "--image", spec["image"]]
+        if snapshot is not None:
+            command += ["--snap", snapshot]
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
+
+    def do_children(self, spec):
+        with self.at(spec, None) as image:
+            return [child["image"] for child in image.list_children2()]
+
     # --- Content
 
     def do_write(self, spec, offset, length, seed):
@@ -240,6 +290,84 @@ class Driver:
                 file.close()
         return digest.hexdigest()
 
+    def do_read_objects(self, spec, snapshot, path):
+        """As do_read, from the objects themselves: no object map is looked at."""
+        with self.at(spec, snapshot) as image:
+            number = None if snapshot is None else image.snap_get_id(snapshot)
+            data = self.objects_of(image, number, (spec["pool"], spec["namespace"]), image.size())
+        if path is not None:
+            with open(path, "wb") as file:
+                for start in range(0, len(data), CHUNK):
+                    part = data[start:start + CHUNK]
+                    if part.count(0) != len(part):
+                        file.seek(start)
+                        file.write(part)
+                file.truncate(len(data))
+        return hashlib.sha256(data).hexdigest()
+
+    def objects_of(self, image, number, pool, size):
+        """The first bytes of an image that is open at the snapshot of this number (None: its head)."""
+        if image.features() & MIGRATING:
+            # It has its source for a parent, in ways of its own.
+            return b"".join(image.read(start, min(CHUNK, size - start)) for start in range(0, size, CHUNK))
+        overlap = min(image.overlap(), size)
+        data = bytearray(self.parent_of(image, overlap) if overlap else b"")
+        data.extend(bytes(size - len(data)))
+        prefix, length = image.block_name_prefix(), image.stat()["obj_size"]
+        unit, count = image.stripe_unit(), image.stripe_count()
+        period = length * count
+        ioctx = self.cluster.open_ioctx(pool[0])
+        ioctx.set_namespace(pool[1])
+        try:
+            if number is not None:
+                ioctx.set_read(number)
+            reads = [self.start_read(ioctx, f"{prefix}.{index:016x}", length)
+                     for index in range(-(-size // period) * count)]
+            for index, read in enumerate(reads):
+                if (found := read()) is None:
+                    continue
+                found = found.ljust(length, b"\0")
+                first = index // count * period + index % count * unit
+                for part in range(length // unit):
+                    start = first + part * unit * count
+                    end = min(start + unit, size)
+                    if start < end:
+                        data[start:end] = found[part * unit:part * unit + end - start]
+        finally:
+            ioctx.close()
+        return bytes(data)
+
+    def parent_of(self, image, overlap):
+        above = image.get_parent_image_spec()
+        pool = (above["pool_name"], above["pool_namespace"])
+        # By its id, as it may be in the trash. A snapshot that is there has a name that nobody chose.
+        with rbd.Image(self.pool(*pool), image_id=image.parent_id(), read_only=True) as parent:
+            number = next(snap["id"] for snap in parent.list_snaps() if snap["name"] == above["snap_name"])
+            parent.set_snap_by_id(number)
+            return self.objects_of(parent, number, pool, overlap).ljust(overlap, b"\0")
+
+    def start_read(self, ioctx, name, length):
+        """Reads an object; gives what waits for it, and then gives its bytes, or None without it."""
+        done = threading.Event()
+        got = []
+
+        def complete(completion, data):
+            got.extend((completion.get_return_value(), data))
+            done.set()
+
+        ioctx.aio_read(name, length, 0, complete)
+
+        def wait():
+            done.wait()
+            if got[0] == -errno.ENOENT:
+                return None
+            if got[0] < 0:
+                raise rados.OSError(f"reading object {name}", errno=-got[0])
+            # Of an object without a byte python3-rados 16 gives memory that nobody has written.
+            return got[1][:got[0]]
+
+        return wait
+
     def do_changes(self, spec, snapshot):
         found = []
         with self.at(spec, None) as image:
@@ -247,32 +375,24 @@ class Driver:
                                include_parent=False, whole_object=False)
         return found
 
-    def do_write_late(self, spec, snapshot, objects):
-        """Fills objects as a client does that has not heard of the image's snapshots."""
-        with self.at(spec, snapshot) as image:
-            prefix, size = image.block_name_prefix(), image.stat()["obj_size"]
-        librados = ctypes.CDLL("librados.so.2")
-        cluster, ioctx = ctypes.c_void_p(), ctypes.c_void_p()
+    # --- A client that has not heard of the newest snapshots
 
-        def call(name, *arguments):
-            code = getattr(librados, "rados_" + name)(*arguments)
-            if code is not None and code < 0:
-                raise OSError(-code, name)
-
-        call("create2", ctypes.byref(cluster), b"ceph", b"client.admin", ctypes.c_uint64(0))
+    def do_object_exists(self, spec, object):
+        with self.at(spec, None) as image:
+            name = f"{image.block_name_prefix()}.{object:016x}"
         try:
-            call("conf_read_file", cluster, self.conf.encode())
-            call("connect", cluster)
-            call("ioctx_create", cluster, spec["pool"].encode(), ctypes.byref(ioctx))
-            librados.rados_ioctx_set_namespace(ioctx, spec["namespace"].encode())
-            call("ioctx_selfmanaged_snap_set_write_ctx", ioctx, ctypes.c_uint64(0), None, 0)
-            for number in objects:
-                data = random.Random(number).randbytes(size)
-                call("write", ioctx, b"%s.%016x" % (prefix.encode(), number), data, ctypes.c_size_t(size),
-                     ctypes.c_uint64(0))
-            librados.rados_ioctx_destroy(ioctx)
-        finally:
-            librados.rados_shutdown(cluster)
+            self.pool(spec["pool"], spec["namespace"]).stat(name)
+        except rados.ObjectNotFound:
+            return False
+        return True
+
+    def do_stale_write(self, spec, object, offset, length, seed, seq, snaps):
+        with self.at(spec, None) as image:
+            name = f"{image.block_name_prefix()}.{object:016x}"
+        if self.stale is None:
+            self.stale = Stale(self.conf)
+        self.stale.write(spec["pool"], spec["namespace"], name, offset,
+                         random.Random(seed).randbytes(length), seq, snaps)
 
     # --- Snapshots
 
@@ -295,12 +415,49 @@ class Driver:
 
     def do_snaps(self, spec):
         with self.at(spec, None) as image:
-            found = [{key: snap[key] for key in ("id", "size", "name")} for snap in image.list_snaps()]
+            found = [{key: snap[key] for key in ("id", "size", "name")} for snap in image.list_snaps()
+                     if snap["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER]
         return sorted(found, key=lambda snap: snap["id"])
+
+    def do_snap_numbers(self, spec):
+        with self.at(spec, None) as image:
+            return sorted((snap["id"] for snap in image.list_snaps()), reverse=True)
 
     def do_rollback(self, spec, snapshot):
         self.image(spec).rollback_to_snap(snapshot)
 
+
+class Stale:
+    """Writes objects through librados alone, with any snapshot context: librbd knows nothing of it."""
+
+    def __init__(self, conf):
+        self.lib = ctypes.CDLL("librados.so.2")
+        self.cluster = ctypes.c_void_p()
+        self.check(self.lib.rados_create2(ctypes.byref(self.cluster), b"ceph", b"client.admin",
+                                          ctypes.c_uint64(0)))
+        self.check(self.lib.rados_conf_read_file(self.cluster, conf.encode()))
+        self.check(self.lib.rados_connect(self.cluster))
+
+    def check(self, code):
+        if code < 0:
+            raise rados.OSError("librados", errno=-code)
+
+    def write(self, pool, namespace, name, offset, data, seq, snaps):
+        ioctx = ctypes.c_void_p()
+        self.check(self.lib.rados_ioctx_create(self.cluster, pool.encode(), ctypes.byref(ioctx)))
+        try:
+            self.lib.rados_ioctx_set_namespace(ioctx, namespace.encode())
+            numbers = (ctypes.c_uint64 * len(snaps))(*sorted(snaps, reverse=True))
+            self.check(self.lib.rados_ioctx_selfmanaged_snap_set_write_ctx(
+                ioctx, ctypes.c_uint64(seq), numbers, ctypes.c_int(len(snaps))))
+            self.check(self.lib.rados_write(ioctx, name.encode(), data, ctypes.c_size_t(len(data)),
+                                            ctypes.c_uint64(offset)))
+        finally:
+            self.lib.rados_ioctx_destroy(ioctx)
+
+
+# python3-rbd 16 does not name it.
+MIGRATING = 1 << 9
 
 FEATURES = {
     "layering": rbd.RBD_FEATURE_LAYERING,
@@ -312,6 +469,7 @@ FEATURES = {
     "journaling": rbd.RBD_FEATURE_JOURNALING,
     "data-pool": rbd.RBD_FEATURE_DATA_POOL,
     "operations": rbd.RBD_FEATURE_OPERATIONS,
+    "migrating": MIGRATING,
 }
 
 

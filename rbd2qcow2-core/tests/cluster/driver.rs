@@ -250,6 +250,16 @@ impl Driver {
         }
     }
 
+    /// Freezes the child: it keeps its images open, and answers nobody. See [`thaw`](Self::thaw).
+    pub fn freeze(&self) {
+        self.child().signal("-STOP");
+    }
+
+    /// Lets the child go on.
+    pub fn thaw(&self) {
+        self.child().signal("-CONT");
+    }
+
     /// Kills the child, as librbd does now and then.
     pub fn kill(&self) {
         self.child().kill();
@@ -393,6 +403,63 @@ impl Driver {
         self.act("rebuild_object_map", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
+    // --- Copies, trash, migration
+
+    /// Copies an image with all its snapshots to one that is not there yet.
+    pub fn deep_copy(&self, spec: &Spec, to: &Spec) -> Result<()> {
+        self.act("deep_copy", json!({ "spec": spec, "to": to }))
+    }
+
+    /// Moves an image to the trash and gives its id.
+    pub fn trash_move(&self, spec: &Spec) -> Result<String> {
+        self.ask("trash_move", json!({ "spec": spec }))
+    }
+
+    /// Takes an image out of the trash, under the name in `spec`.
+    pub fn trash_restore(&self, spec: &Spec, id: &str) -> Result<()> {
+        self.act("trash_restore", json!({ "spec": spec, "id": id }))
+    }
+
+    /// Removes an image that is in the trash; it must have no snapshot.
+    pub fn trash_remove(&self, spec: &Spec, id: &str) -> Result<()> {
+        self.act("trash_remove", json!({ "spec": spec, "id": id }))
+    }
+
+    /// Begins to move an image to `to`, which may be itself: then it gets another id. Nobody may have it
+    /// open for writing, the driver itself closes it.
+    ///
+    /// A snapshot that is there now must stay until the migration is committed: without it librbd aborts
+    /// the process of whoever writes to the image, the driver too.
+    pub fn migration_prepare(&self, spec: &Spec, to: &Spec, layout: &Layout) -> Result<()> {
+        self.act("migration_prepare", layout.with(json!({ "spec": spec, "to": to })))
+    }
+
+    /// Copies what is still in the source. `spec`: what the image was prepared to become.
+    pub fn migration_execute(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_execute", json!({ "spec": spec }))
+    }
+
+    /// Removes the source, all of which was copied.
+    pub fn migration_commit(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_commit", json!({ "spec": spec }))
+    }
+
+    /// Removes the new image; the source is what it was at the preparation.
+    pub fn migration_abort(&self, spec: &Spec) -> Result<()> {
+        self.act("migration_abort", json!({ "spec": spec }))
+    }
+
+    /// Compares the object map of the head or of a snapshot with the objects. Where it is wrong, it becomes
+    /// invalid; what [`info`](Self::info) then says.
+    pub fn check_object_map(&self, spec: &Spec, snapshot: Option<&str>) -> Result<()> {
+        self.act("check_object_map", json!({ "spec": spec, "snapshot": snapshot }))
+    }
+
+    /// The names of the images that need one of this image's snapshots.
+    pub fn children(&self, spec: &Spec) -> Result<Vec<String>> {
+        self.ask("children", json!({ "spec": spec }))
+    }
+
     // --- Content
 
     /// Writes bytes without any pattern, none of which two seeds have in common.
@@ -430,6 +497,55 @@ impl Driver {
         self.act("read", json!({ "spec": spec, "snapshot": snapshot, "path": path }))
     }
 
+    /// As [`read_to`](Self::read_to), but from the objects themselves, as the OSDs hold them: what clients
+    /// see once the object maps are repaired, whatever they say now. An image that is migrating is read
+    /// through librbd all the same.
+    pub fn read_objects_to(&self, spec: &Spec, snapshot: Option<&str>, path: &Path) -> Result<()> {
+        self.act("read_objects", json!({ "spec": spec, "snapshot": snapshot, "path": path }))
+    }
+
+    /// As [`read`](Self::read), but from the objects themselves.
+    pub fn read_objects(&self, spec: &Spec, snapshot: Option<&str>) -> Result<Vec<u8>> {
+        let file = NamedTempFile::new().expect("a temporary file");
+        self.read_objects_to(spec, snapshot, file.path())?;
+        Ok(std::fs::read(file.path()).expect("what the driver read"))
+    }
+
+    /// Whether the image's head has an object of its own, whatever its object map says.
+    pub fn object_exists(&self, spec: &Spec, object: u64) -> Result<bool> {
+        self.ask("object_exists", json!({ "spec": spec, "object": object }))
+    }
+
+    /// Writes noise to one object of the image through librbd, from a byte of its first stripe unit on. What lies
+    /// behind the image's end is not written.
+    pub fn write_object(&self, spec: &Spec, object: u64, offset: u64, length: u64, seed: u64) -> Result<()> {
+        let info = self.info(spec, None)?;
+        let offset = offset % info.stripe_unit;
+        let (set, place) = (object / info.stripe_count, object % info.stripe_count);
+        let at = set * info.object_size * info.stripe_count + place * info.stripe_unit + offset;
+        let length = length.min(info.stripe_unit - offset).min(info.size.saturating_sub(at));
+        if length == 0 { Ok(()) } else { self.write(spec, at, length, seed) }
+    }
+
+    /// Writes noise to one object of the image, as a client does whose snapshot context is an old one:
+    /// `seq` is the newest snapshot that it has heard of (0: none), `snaps` are those that it knows (see
+    /// [`snap_numbers`](Self::snap_numbers)). No object map learns of it.
+    #[allow(clippy::too_many_arguments)]
+    pub fn stale_write(
+        &self,
+        spec: &Spec,
+        object: u64,
+        offset: u64,
+        length: u64,
+        seed: u64,
+        seq: u64,
+        snaps: &[u64],
+    ) -> Result<()> {
+        let what = json!({ "spec": spec, "object": object, "offset": offset, "length": length,
+                           "seed": seed, "seq": seq, "snaps": snaps });
+        self.act("stale_write", what)
+    }
+
     /// The SHA-256 of the whole content, in hexadecimal digits.
     pub fn sha256(&self, spec: &Spec, snapshot: Option<&str>) -> Result<String> {
         self.ask("read", json!({ "spec": spec, "snapshot": snapshot, "path": null }))
@@ -463,16 +579,15 @@ impl Driver {
         self.act("snap_unprotect", json!({ "spec": spec, "snapshot": snapshot }))
     }
 
-    /// The image's snapshots, in the order of their ids.
+    /// The image's snapshots, in the order of their ids; not those in the trash or of groups.
     pub fn snaps(&self, spec: &Spec) -> Result<Vec<Snap>> {
         self.look("snaps", json!({ "spec": spec }))
     }
 
-    /// Fills whole objects with noise, past librbd, as a client does that has not heard of any snapshot: where
-    /// an object was not written since the last one, that changes, too.
-    pub fn write_late(&self, spec: &Spec, snapshot: &str, objects: std::ops::Range<u64>) -> Result<()> {
-        let objects: Vec<_> = objects.collect();
-        self.act("write_late", json!({ "spec": spec, "snapshot": snapshot, "objects": objects }))
+    /// The ids of all snapshots, those in the trash included, newest first: the context in which librbd
+    /// writes.
+    pub fn snap_numbers(&self, spec: &Spec) -> Result<Vec<u64>> {
+        self.look("snap_numbers", json!({ "spec": spec }))
     }
 
     /// Makes the head what it was at the snapshot, its size included.
@@ -504,6 +619,11 @@ impl Process {
         Self { stdin: child.stdin.take(), child, answers }
     }
 
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "kill {signal}");
+    }
+
     /// Ends the child and tells how it ended.
     fn kill(&mut self) -> String {
         self.stdin = None;
@@ -515,6 +635,9 @@ impl Process {
 impl Drop for Process {
     /// Lets the child close its images, so that no lock of a dead client is left for others to wait for.
     fn drop(&mut self) {
+        // It may be frozen, where a test has failed.
+        let _ =
+            Command::new("kill").args(["-CONT", &self.child.id().to_string()]).stderr(Stdio::null()).status();
         self.stdin = None;
         // The child itself leaves 5 s after its input ended, whatever hangs.
         let give_up = Instant::now() + Duration::from_secs(10);

@@ -14,6 +14,8 @@ mod diff_truth;
 mod driver;
 mod driver_check;
 mod handles;
+mod held;
+mod histories;
 mod prune_cases;
 mod random;
 mod restore_cases;

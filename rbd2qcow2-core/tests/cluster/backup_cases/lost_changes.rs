@@ -18,8 +18,9 @@ fn with_a_lost_change(store: &mut Store, name: &str, layout: &Layout) -> (Spec, 
     let spec = store.image(name, 4 * MIB, layout);
     store.driver.write(&spec, 0, 2 * MIB, 1).expect("a write");
     let first = store.back_up(&spec);
-    let snapshot = first.manifest["snapshot"].as_str().expect("a name").to_owned();
-    store.driver.write_late(&spec, &snapshot, 8..24).expect("a late write");
+    for object in 8..24 {
+        store.driver.stale_write(&spec, object, 0, 64 << 10, object, 0, &[]).expect("a late write");
+    }
     (spec, first)
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use rbd2qcow2_core::cancel::Cancel;
 use rbd2qcow2_core::chain::PointName;
+use rbd2qcow2_core::progress::Observer;
 use rbd2qcow2_core::rbd::ClusterOptions;
 use rbd2qcow2_core::restore::image::{ImageTarget, Overrides};
 use rbd2qcow2_core::restore::{FileFormat, Restore, RestoreError, RestoreOptions, RestoreReport};
@@ -71,7 +72,17 @@ impl Store {
 
     /// Restores a point to an image, and checks nothing.
     pub fn restore(&self, made: &Made, target: &ImageTarget) -> Result<RestoreReport, RestoreError> {
-        restore(self.dest(), made).to_image(target, &(), &Cancel::new())
+        self.restore_observed(made, target, &())
+    }
+
+    /// The same, and tells how it goes.
+    pub fn restore_observed(
+        &self,
+        made: &Made,
+        target: &ImageTarget,
+        observer: &dyn Observer,
+    ) -> Result<RestoreReport, RestoreError> {
+        restore(self.dest(), made).to_image(target, observer, &Cancel::new())
     }
 
     /// Restores a point to an image, which must then hold it, and zeroes to its end.
