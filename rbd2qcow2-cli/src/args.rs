@@ -237,7 +237,8 @@ pub struct BackupArgs {
     /// Make a full backup even where an incremental one is possible
     #[arg(long)]
     full: bool,
-    /// Newest snapshots of the backups to keep in the cluster; the last is the next backup's base
+    /// Newest snapshots of the backups to keep in the cluster; the last is the next backup's base. Of an image
+    /// without exclusive-lock one more stays
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     keep_snapshots: u16,
     /// Read at most so many bytes a second from the cluster, over all images; K, M, G, T are powers
