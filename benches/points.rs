@@ -83,6 +83,7 @@ impl Points {
             clone_parent: None,
             diff_mode: "exact".to_owned(),
             object_map: None,
+            objects: None,
             data_extents: copied.data_extents.get(),
             data_bytes: copied.data.get(),
             zero_extents: copied.zero_extents.get(),

@@ -395,6 +395,7 @@ impl Backup<'_> {
             }),
             diff_mode: source.mode().as_str().to_owned(),
             object_map: source.map_digest(),
+            objects: source.listed_objects(),
             data_extents: progress.data_extents.get(),
             data_bytes: progress.data.get(),
             zero_extents: progress.zero_extents.get(),

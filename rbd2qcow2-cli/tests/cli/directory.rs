@@ -242,6 +242,7 @@ fn record(chain: ChainId, point: PointName, created: Timestamp, incremental: boo
         clone_parent: None,
         diff_mode: if incremental { "exact" } else { "full" }.into(),
         object_map: None,
+        objects: None,
         data_extents: 0,
         data_bytes: 0,
         zero_extents: 0,

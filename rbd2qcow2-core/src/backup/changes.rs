@@ -53,11 +53,23 @@ impl Backup<'_> {
             report.diff_time = self.copy_differences(&copy, chain, pending, parent)?;
             return Ok(());
         }
-        if self.options.prove == 0 {
+        if self.options.prove == 0 && !source.reports_whole_objects() {
             report.diff_time = copy.run()?;
             return Ok(());
         }
         let below = self.open_chain(chain, parent)?;
+        let changed;
+        let copy = match source.reports_whole_objects() {
+            true => {
+                changed = only_changed(&copy, chain, pending, parent, &below)?;
+                Copy { layer: &changed, ..copy }
+            }
+            false => copy,
+        };
+        if self.options.prove == 0 {
+            report.diff_time = copy.run()?;
+            return Ok(());
+        }
         let weigh = match source.mode() {
             DiffMode::Exact => Weigh::Nothing,
             _ => Weigh::Unreported { object: source.period() },
@@ -101,12 +113,8 @@ impl Backup<'_> {
         parent: &Point,
     ) -> Result<Duration, BackupError> {
         let below = self.open_chain(chain, parent)?;
-        let points =
-            chain.catalogue().ancestry(parent.name).map_err(|cause| unsound(chain, parent, cause))?;
         let whole = Whole::new(copy.source, &below);
-        let path = pending.layer_path().to_owned();
-        let virtual_size = copy.source.size().next_multiple_of(SECTOR);
-        let changed = OnlyChanged::new(copy.layer, path, virtual_size, &below, &points, copy.stop);
+        let changed = only_changed(copy, chain, pending, parent, &below)?;
         Copy { source: &whole, layer: &changed, ..*copy }.run().map_err(|error| {
             if read_error(&error).is_some_and(ReadError::is_damage) {
                 self.mark(chain, parent, Doubt::Unreadable, &[]);
@@ -140,6 +148,20 @@ impl Backup<'_> {
             );
         }
     }
+}
+
+/// The copy's layer, so that it gets only what the chain does not hold.
+fn only_changed<'a>(
+    copy: &Copy<'a>,
+    chain: &ChainWriter,
+    pending: &PendingLayer<'_>,
+    parent: &Point,
+    below: &'a ChainReader,
+) -> Result<OnlyChanged<'a>, BackupError> {
+    let points = chain.catalogue().ancestry(parent.name).map_err(|cause| unsound(chain, parent, cause))?;
+    let path = pending.layer_path().to_owned();
+    let virtual_size = copy.source.size().next_multiple_of(SECTOR);
+    Ok(OnlyChanged::new(copy.layer, path, virtual_size, below, &points, copy.stop))
 }
 
 fn unsound(chain: &ChainWriter, parent: &Point, cause: Problem) -> ChainError {

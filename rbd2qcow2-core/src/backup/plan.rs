@@ -86,6 +86,7 @@ impl Plan {
         Some(BaseSnapshot {
             name: base.snapshot.as_ref()?.name.clone(),
             map_digest: manifest.and_then(|manifest| manifest.record.object_map.clone()),
+            objects: manifest.and_then(|manifest| manifest.record.objects.clone()),
             guard: base.guard.clone(),
         })
     }

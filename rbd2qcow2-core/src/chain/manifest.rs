@@ -167,6 +167,9 @@ pub struct Record {
     /// A digest of the objects that the snapshot's object map listed when it was read, in hex; `None` where
     /// there was no valid one, or nobody looked. A point holds what such a map made of the image.
     pub object_map: Option<String>,
+    /// Of a clone's snapshot the objects that its object map listed when it was read, one bit for each stripe unit
+    /// (the lowest bit of the first byte first), packed by zstd, in hex. `None` as for `object_map`.
+    pub objects: Option<String>,
     /// Extents of data in the layer.
     pub data_extents: u64,
     /// Bytes of data in the layer.
@@ -251,6 +254,8 @@ struct RawManifest {
     diff_mode: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     object_map: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    objects: Option<String>,
     data_extents: u64,
     data_bytes: u64,
     zero_extents: u64,
@@ -357,6 +362,7 @@ impl Manifest {
             clone_parent: record.clone_parent,
             diff_mode: record.diff_mode,
             object_map: record.object_map,
+            objects: record.objects,
             data_extents: record.data_extents,
             data_bytes: record.data_bytes,
             zero_extents: record.zero_extents,
@@ -422,6 +428,7 @@ impl Manifest {
             clone_parent: raw.clone_parent,
             diff_mode: raw.diff_mode,
             object_map: raw.object_map,
+            objects: raw.objects,
             data_extents: raw.data_extents,
             data_bytes: raw.data_bytes,
             zero_extents: raw.zero_extents,

@@ -61,6 +61,9 @@ pub struct BaseSnapshot {
     /// The digest of its object map when its point was made, as [`LibrbdSource::map_digest`] gave it then.
     /// `None` where there was no valid map, or nobody knows.
     pub map_digest: Option<String>,
+    /// The objects that its map listed then, where it is a clone's, as [`LibrbdSource::listed_objects`] gave
+    /// them. `None` where nobody knows.
+    pub objects: Option<String>,
     /// An older snapshot, for a base that writers may have changed after it was read: what changed since that
     /// one is taken for changed, too.
     pub guard: Option<String>,
@@ -86,6 +89,7 @@ pub struct LibrbdSource {
     windows: Mutex<VecDeque<Arc<Window>>>,
     /// Of the snapshot's map, once all segments were given.
     map_digest: Mutex<Option<String>>,
+    listed_objects: Mutex<Option<String>>,
 }
 
 #[derive(Debug)]
@@ -94,6 +98,8 @@ struct Base {
     image: Image,
     info: ImageInfo,
     map_digest: Option<String>,
+    /// What its map listed when its point was made.
+    then: Option<Pieces>,
     guard: Option<String>,
 }
 
@@ -129,10 +135,12 @@ impl LibrbdSource {
                     let start = self::suspect_from(&handle, &info, snapshot, older, &opened.info()?)?;
                     suspect_from = suspect_from.min(start);
                 }
-                let BaseSnapshot { name, map_digest, guard } = base.clone();
+                let BaseSnapshot { name, map_digest, objects, guard } = base.clone();
                 let image = pool.open(image, Some(&name))?;
                 let info = image.info()?;
-                Some(Base { name, image, info, map_digest, guard })
+                let range = 0..window::end_of(&info);
+                let then = objects.and_then(|text| Pieces::from_text(&text, range, info.stripe_unit));
+                Some(Base { name, image, info, map_digest, then, guard })
             }
         };
         let mode = if mode == DiffMode::Compare { DiffMode::Exact } else { mode };
@@ -158,6 +166,7 @@ impl LibrbdSource {
             suspect_from,
             windows: Mutex::default(),
             map_digest: Mutex::default(),
+            listed_objects: Mutex::default(),
         })
     }
 
@@ -181,6 +190,7 @@ impl LibrbdSource {
             fallback: None,
             windows: Mutex::default(),
             map_digest: Mutex::default(),
+            listed_objects: Mutex::default(),
         })
     }
 
@@ -214,6 +224,21 @@ impl LibrbdSource {
     #[must_use]
     pub fn map_digest(&self) -> Option<String> {
         self.map_digest.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The objects that the map of a clone's snapshot lists, once all segments were given, as a text that
+    /// [`BaseSnapshot::objects`] takes. `None` before that, where there is no valid map, where there are more than
+    /// 8 million objects, and for images that are no clones.
+    #[must_use]
+    pub fn listed_objects(&self) -> Option<String> {
+        self.listed_objects.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether objects are reported as a whole of which little may have changed: those of a clone that were
+    /// written to for the first time.
+    #[must_use]
+    pub fn reports_whole_objects(&self) -> bool {
+        self.base.as_ref().is_some_and(|base| base.then.is_some())
     }
 
     /// What librbd iterates over at a time, in bytes: an object, or a set of objects that share stripes.
@@ -254,7 +279,7 @@ impl LibrbdSource {
         };
         for stretch in &stretches {
             if stretch.now == Known::No {
-                self.deny(&own_extents, stretch)?;
+                self.deny(&own_extents, stretch).map_err(|wrong| self.blame(wrong))?;
             }
             found.extend(self.changes_of(stretch, &changed, &own_extents, &held_extents));
         }
@@ -353,6 +378,16 @@ impl LibrbdSource {
         match within(own, &stretch.range).find(|extent| extent.kind == ExtentKind::Data) {
             None => Ok(()),
             Some(extent) => Err(self.map_is_wrong(extent.offset)),
+        }
+    }
+
+    /// The reason for what looks like a wrong map. An ancestry that changed looks the same: a flattened image has
+    /// objects that a map of before does not list.
+    fn blame(&self, wrong: Distrust) -> super::BoxError {
+        let ancestry = self.pool.open(&self.name, None).map_err(super::BoxError::from);
+        match ancestry.and_then(|head| self.check_ancestry(&head)) {
+            Err(changed) if changed.is::<Distrust>() => changed,
+            _ => wrong.into(),
         }
     }
 
@@ -480,7 +515,12 @@ impl LibrbdSource {
             }
             // A scan has asked for all of them.
             if self.base.is_some() && self.mode != DiffMode::Scan {
-                suspects.mark_some_besides(&listed, end, window::SAMPLES, window::SAMPLE);
+                let pieces = (end - part.start).div_ceil(self.info.stripe_unit);
+                if pieces <= window::DENIED_FEW {
+                    suspects.mark_each(&listed, &listed, |listed, _| !listed);
+                } else {
+                    suspects.mark_some_besides(&listed, end, window::SAMPLES, window::SAMPLE);
+                }
             }
             self.check_holds_nothing(&suspects, &listed)?;
         }

@@ -200,8 +200,12 @@ struct Pair<'a> {
 
 impl Pair<'_> {
     fn open(&self, mode: DiffMode) -> LibrbdSource {
-        let base =
-            self.base.map(|name| BaseSnapshot { name: name.to_owned(), map_digest: None, guard: None });
+        let base = self.base.map(|name| BaseSnapshot {
+            name: name.to_owned(),
+            map_digest: None,
+            objects: None,
+            guard: None,
+        });
         LibrbdSource::open(self.pool, &self.spec.image, self.snapshot, base.as_ref(), mode).unwrap_or_else(
             |error| panic!("cannot compare {:?} with {:?}: {error}", self.base, self.snapshot),
         )

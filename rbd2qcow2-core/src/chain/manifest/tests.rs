@@ -32,6 +32,7 @@ pub(crate) fn record(virtual_size: u64, point: PointName) -> Record {
         }),
         diff_mode: "exact".to_owned(),
         object_map: Some("ab".repeat(32)),
+        objects: Some("cd".repeat(9)),
         data_extents: 1,
         data_bytes: 65536,
         zero_extents: 2,

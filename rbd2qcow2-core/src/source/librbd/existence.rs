@@ -5,6 +5,9 @@ use std::ops::Range;
 
 use crate::rbd::{Granularity, Image, RbdError};
 
+/// Maps have long runs: any level makes them small.
+const PACKED_LEVEL: i32 = 3;
+
 /// One bit for each piece of a part of the image. A piece is a stripe unit: it lies in one object.
 #[derive(Clone, Debug)]
 pub(super) struct Pieces {
@@ -74,6 +77,40 @@ impl Pieces {
             next = self.same_until(start, self.range.end);
             Some(start..next)
         })
+    }
+
+    /// Marks what another one of the same pieces has marked.
+    pub(super) fn mark_as(&mut self, other: &Self) {
+        let mut next = self.range.start.max(other.range.start);
+        while next < self.range.end
+            && let Some(start) = other.first_marked(next)
+            && start < self.range.end
+        {
+            next = other.same_until(start, other.range.end);
+            self.mark(start..next);
+        }
+    }
+
+    /// The marks as text: the bits, packed, in hex.
+    pub(super) fn to_text(&self) -> Option<String> {
+        let bytes: Vec<u8> = self.bits.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let packed = zstd::bulk::compress(&bytes, PACKED_LEVEL).ok()?;
+        Some(packed.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// The marks that [`to_text`](Self::to_text) made a text of, of the same range and pieces; `None` where they
+    /// were of others.
+    pub(super) fn from_text(text: &str, range: Range<u64>, piece: u64) -> Option<Self> {
+        let mut pieces = Self::new(range, piece);
+        let digits = text.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).ok());
+        let packed = digits.map(|pair| u8::from_str_radix(pair?, 16).ok()).collect::<Option<Vec<u8>>>()?;
+        let bytes = zstd::bulk::decompress(&packed, pieces.bits.len() * 8).ok()?;
+        let (words, rest) = bytes.as_chunks::<8>();
+        if words.len() != pieces.bits.len() || !rest.is_empty() {
+            return None;
+        }
+        pieces.bits = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        Some(pieces)
     }
 
     /// The start of the first marked piece from the one of `offset` on.
@@ -245,6 +282,24 @@ mod tests {
         assert_eq!(whole, digest(&[0..100, 100..500, 500..1000], &[90..130, 500..510]));
         assert_ne!(whole, digest(&[0..1000], &[90..140, 500..510]));
         assert_ne!(whole, digest(&[0..1000], &[90..130]));
+    }
+
+    #[test]
+    fn marks_survive_as_text_and_are_taken_over() {
+        let mut pieces = Pieces::new(0..100_000, 10);
+        pieces.mark(90..130);
+        pieces.mark(5000..5010);
+        pieces.mark(99_990..100_000);
+        let text = pieces.to_text().unwrap();
+        let again = Pieces::from_text(&text, 0..100_000, 10).unwrap();
+        assert_eq!(again.runs().collect::<Vec<_>>(), [90..130, 5000..5010, 99_990..100_000]);
+        let mut part = Pieces::new(100..5000, 10);
+        part.mark_as(&again);
+        assert_eq!(part.runs().collect::<Vec<_>>(), [100..130]);
+        for wrong in ["", "zz", "28b52ffd", &text[..text.len() - 2]] {
+            assert!(Pieces::from_text(wrong, 0..100_000, 10).is_none(), "{wrong}");
+        }
+        assert!(Pieces::from_text(&text, 0..1000, 10).is_none());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use super::existence::{MapDigest, Pieces};
 use super::{Base, Distrust, LibrbdSource};
 use crate::options::DiffMode;
-use crate::rbd::{Image, RbdError};
+use crate::rbd::{Image, ImageInfo, RbdError};
 use crate::source::SourceError;
 
 /// Objects in a segment, or bytes where objects are small: enough to keep librbd's concurrent
@@ -24,10 +24,17 @@ pub(super) const SAMPLE: u64 = 32;
 /// Samples of an increment, asked for once all was read: a matter of milliseconds.
 pub(super) const SAMPLES: u64 = 8;
 
+/// In images of no more pieces than this all that the map denies is asked for, every time.
+pub(super) const DENIED_FEW: u64 = 512;
+
 /// In a full backup all that the map denies is asked for, as long as it is no more than this, or than so many
 /// times what exists: a question takes 30 us, an object of 4 MiB some ms to read.
 const DENIED_ALL: u64 = 8192;
 const DENIED_FOR_EACH: u64 = 16;
+
+/// Of clones with more pieces than this the map is not recorded: it takes a megabyte of memory, and at worst two of
+/// the manifest.
+const RECORDED: u64 = 1 << 23;
 
 /// What a map says of an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +64,11 @@ pub(super) struct Stretch {
 pub(super) struct Window {
     /// What the snapshot's map lists; `None` without a valid one.
     now: Option<Pieces>,
-    /// What the base's map lists; `None` without a valid one.
+    /// What the base's map listed when its point was made, or lists now where that is not known; `None` without
+    /// a valid one.
     base: Option<Pieces>,
+    /// What the base's map lists now; `None` without a valid one.
+    listed: Option<Pieces>,
     has_base: bool,
     asked: Pieces,
 }
@@ -75,7 +85,16 @@ impl Window {
         let now = valid.then(|| list(&source.image, source.info.size)).transpose()?;
         let with_map = source.base.as_ref().filter(|base| base.info.object_map_valid && !source.reads_all());
         let base = with_map.map(|base| list(&base.image, base.info.size)).transpose()?;
-        let mut window = Self { now, base, has_base: source.base.is_some(), asked: blank() };
+        let then = source.base.as_ref().and_then(|base| base.then.as_ref()).filter(|_| !source.reads_all());
+        let shown = then.map(|then| {
+            let mut shown = blank();
+            shown.mark_as(then);
+            shown
+        });
+        // What the base showed is what its map listed then; what was written to a clone since then is in its
+        // snapshots' maps by now.
+        let (listed, base) = (base.clone(), shown.or(base));
+        let mut window = Self { now, base, listed, has_base: source.base.is_some(), asked: blank() };
         window.ask(source)?;
         Ok(window)
     }
@@ -154,6 +173,11 @@ impl Window {
     }
 }
 
+/// Where the last stripe unit of an image ends.
+pub(super) fn end_of(info: &ImageInfo) -> u64 {
+    info.size.div_ceil(info.stripe_unit).saturating_mul(info.stripe_unit)
+}
+
 /// The longest segment in bytes.
 pub(super) fn longest(source: &LibrbdSource) -> u64 {
     SEGMENT_BYTES.max(SEGMENT_OBJECTS * source.info.object_size)
@@ -186,6 +210,8 @@ pub(super) struct Segments<'a> {
     next: u64,
     now: MapDigest,
     base: MapDigest,
+    /// What the map of a clone lists.
+    all: Option<Pieces>,
     ended: bool,
 }
 
@@ -202,8 +228,17 @@ impl<'a> Segments<'a> {
             next: 0,
             now: MapDigest::default(),
             base: MapDigest::default(),
+            all: Self::list_of_all(source),
             ended: false,
         }
+    }
+
+    /// Room for what the map of a clone lists.
+    fn list_of_all(source: &LibrbdSource) -> Option<Pieces> {
+        let ImageInfo { overlap, object_map_valid, stripe_unit, .. } = source.info;
+        let end = end_of(&source.info);
+        let wanted = overlap > 0 && object_map_valid && !source.reads_all() && end / stripe_unit <= RECORDED;
+        wanted.then(|| Pieces::new(0..end, stripe_unit))
     }
 
     /// Looks at the next part of the maps.
@@ -213,8 +248,11 @@ impl<'a> Segments<'a> {
         if let Some(now) = &window.now {
             self.now.add(now);
         }
-        if let Some(base) = &window.base {
-            self.base.add(base);
+        if let Some(listed) = &window.listed {
+            self.base.add(listed);
+        }
+        if let (Some(all), Some(now)) = (&mut self.all, &window.now) {
+            all.mark_as(now);
         }
         if window.asked.marked() > 0 {
             self.source.keep(window.clone());
@@ -232,6 +270,8 @@ impl<'a> Segments<'a> {
         if source.info.object_map_valid && source.info.overlap == 0 && !source.reads_all() {
             *source.map_digest.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
         }
+        *source.listed_objects.lock().unwrap_or_else(PoisonError::into_inner) =
+            self.all.take().and_then(|all| all.to_text());
         match &source.base {
             // One that is flagged invalid by now tells nothing, and is not asked: removing an older snapshot
             // with such a map is enough for that.
@@ -317,6 +357,7 @@ mod tests {
         let window = Window {
             now: Some(pieces(&[0..30, 50..60])),
             base: Some(pieces(&[20..60])),
+            listed: None,
             has_base: true,
             asked: pieces(&[0..100]),
         };
@@ -333,7 +374,7 @@ mod tests {
                 stretch(90..95, no, no, true),
             ]
         );
-        let without_maps = Window { now: None, base: None, has_base: true, asked: pieces(&[]) };
+        let without_maps = Window { now: None, base: None, listed: None, has_base: true, asked: pieces(&[]) };
         let all = stretch(0..95, Known::Unknown, Known::Unknown, false);
         assert_eq!(without_maps.stretches(&(0..95), 1000).collect::<Vec<_>>(), [all]);
     }
