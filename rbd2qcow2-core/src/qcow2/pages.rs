@@ -1,5 +1,6 @@
 //! What of the tables is kept in memory.
 
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -51,23 +52,50 @@ impl Page {
 
     /// The number of 8 bytes at `host`, a multiple of 8; `None` when the page does not reach there.
     pub(super) fn number(&self, host: HostOffset) -> Option<u64> {
-        let at = usize::try_from(host.0.checked_sub(self.start)?).ok()?;
-        if self.length < 8 || at > self.length - 8 {
-            return None;
+        // What lies before the page, or before what is kept, wraps and is too large then.
+        let at = usize::try_from(host.0.wrapping_sub(self.start)).ok()?;
+        if let Some(rest) = self.bytes.get(at.wrapping_sub(self.skipped)..)
+            && let Some(bytes) = rest.first_chunk()
+        {
+            return Some(u64::from_be_bytes(*bytes));
         }
-        let kept = at.checked_sub(self.skipped).and_then(|at| self.bytes.get(at..)?.first_chunk());
-        Some(kept.map_or(0, |bytes| u64::from_be_bytes(*bytes)))
+        (self.length.checked_sub(at)? >= 8).then_some(0)
     }
 }
 
 /// The pages that were used last of the tables of one layer, or of several: with one limit for all.
 #[derive(Debug)]
 pub(super) struct PageCache {
-    parts: Box<[Mutex<Recent<Key, Page>>]>,
+    parts: Box<[Mutex<Pages>]>,
 }
 
-/// Whose page, and where it begins.
+/// By whose it is, and where it begins.
+type Pages = Recent<Key, Page, BuildHasherDefault<Spread>>;
 type Key = (usize, u64);
+
+/// Spreads the few numbers of a part: what hashes of text are for would take longer than what is looked for.
+#[derive(Debug, Default)]
+struct Spread(u64);
+
+impl Hasher for Spread {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64((*byte).into()));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // Fibonacci hashing.
+        self.0 = (self.0.rotate_left(26) ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+
+    fn write_usize(&mut self, number: usize) {
+        self.write_u64(number as u64);
+    }
+
+    fn finish(&self) -> u64 {
+        // The lower bits are those of multiples of a page.
+        self.0 ^ self.0 >> 32
+    }
+}
 
 impl PageCache {
     /// An empty one. What is kept takes `limit` bytes.
@@ -79,11 +107,11 @@ impl PageCache {
         Self { parts: (0..parts).map(|_| Mutex::new(Recent::new(limit / parts))).collect() }
     }
 
-    fn part(&self, key: Key) -> MutexGuard<'_, Recent<Key, Page>> {
-        let (layer, start) = key;
-        // Neighbours come into different parts (Fibonacci hashing).
-        let mixed = (start ^ (layer as u64) << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
-        let part = usize::try_from(mixed).unwrap_or(0) % self.parts.len();
+    fn part(&self, key: Key) -> MutexGuard<'_, Pages> {
+        let mut spread = Spread::default();
+        key.hash(&mut spread);
+        // Other bits than those that tell the places within a part.
+        let part = usize::try_from(spread.finish() >> 24 & 0xffff).unwrap_or(0) % self.parts.len();
         // Nothing in there panics half-way through a change.
         self.parts[part].lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,16 +1,16 @@
 //! What was used last, up to a limit.
 
 use std::collections::{BTreeMap, HashMap};
-use std::hash::Hash;
+use std::hash::{BuildHasher, Hash, RandomState};
 
 /// Values that have a cost each, of which those used last are kept: as many as cost no more than the limit
 /// together.
 #[derive(Debug)]
-pub(super) struct Recent<K, V> {
+pub(super) struct Recent<K, V, S = RandomState> {
     limit: usize,
     /// What all of them cost.
     cost: usize,
-    entries: HashMap<K, Entry<V>>,
+    entries: HashMap<K, Entry<V>, S>,
     /// Keys by the time of the last use: the first goes first.
     uses: BTreeMap<u64, K>,
     now: u64,
@@ -23,9 +23,9 @@ struct Entry<V> {
     value: V,
 }
 
-impl<K: Copy + Eq + Hash, V: Clone> Recent<K, V> {
+impl<K: Copy + Eq + Hash, V: Clone, S: BuildHasher + Default> Recent<K, V, S> {
     pub(super) fn new(limit: usize) -> Self {
-        Self { limit, cost: 0, entries: HashMap::new(), uses: BTreeMap::new(), now: 0 }
+        Self { limit, cost: 0, entries: HashMap::default(), uses: BTreeMap::new(), now: 0 }
     }
 
     pub(super) fn get(&mut self, key: K) -> Option<V> {
@@ -81,7 +81,7 @@ mod tests {
             steps in prop::collection::vec((0_u8..6, prop::option::of(1_usize..5)), 0..60)
         ) {
             const LIMIT: usize = 10;
-            let mut recent = Recent::new(LIMIT);
+            let mut recent: Recent<_, _> = Recent::new(LIMIT);
             // The value used last is the last one.
             let mut model: Vec<(u8, usize, usize)> = Vec::new();
             for (number, (key, cost)) in steps.into_iter().enumerate() {
