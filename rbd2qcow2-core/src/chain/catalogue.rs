@@ -64,8 +64,8 @@ impl Catalogue {
     /// every manifest, no image data. Whatever is wrong with single points becomes a [`Problem`].
     ///
     /// # Errors
-    /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::Io`] when the
-    /// directory cannot be listed.
+    /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::NotAllowed`], [`ChainError::Io`]
+    /// when the directory cannot be listed.
     pub fn read(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
         let mut files = Files::sort(directory, image)?;
         let mut catalogue = Self {
