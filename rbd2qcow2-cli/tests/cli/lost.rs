@@ -105,16 +105,16 @@ fn nobody_gets_an_older_point_without_a_word() {
 
 #[test]
 fn a_lost_point_is_not_pruned_away() {
-    for number in 0..3 {
+    for (number, point) in POINTS.iter().enumerate() {
         let loss = Loss::of(number);
-        let named = format!("vm@{}", POINTS[number]);
+        let named = format!("vm@{point}");
         for rest in
             [&["--keep-last", "1"][..], &["--keep-last", "9"], &["--dry-run", "--keep-last", "1"], &[&named]]
         {
             let told = loss.run(&[&["prune"], rest].concat());
             assert_eq!(told.status, Some(1), "{told:?}");
             assert!(told.stderr.contains("nothing of it is pruned"), "{told:?}");
-            assert!(told.stderr.contains(POINTS[number]), "{told:?}");
+            assert!(told.stderr.contains(point), "{told:?}");
         }
     }
 }

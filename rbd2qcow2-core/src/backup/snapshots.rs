@@ -7,6 +7,7 @@ use rustix::io::Errno;
 
 use super::{Backup, BackupError, Plan};
 use crate::cancel::Cancel;
+use crate::chain::manifest::Manifest;
 use crate::chain::names::{ChainId, SnapshotName};
 use crate::chain::{Announcement, ChainWriter};
 use crate::error::Causes;
@@ -136,9 +137,14 @@ impl Backup<'_> {
         head: &Image,
         chain: &ChainWriter,
     ) -> Result<(), BackupError> {
-        // Once what is left of them was moved away, nobody else would know whose their snapshots are.
-        let lost = chain.catalogue().lost().iter().filter_map(|lost| lost.manifest.as_ref());
-        chain.retire(&lost.map(|manifest| manifest.record.chain).collect::<Vec<_>>())?;
+        // Of a chain whose points are all lost nobody would know, once what is left of them was moved away.
+        let chain_of = |manifest: &Option<Manifest>| Some(manifest.as_ref()?.record.chain);
+        let catalogue = chain.catalogue();
+        let present: Vec<_> =
+            catalogue.points().iter().filter_map(|point| chain_of(&point.manifest)).collect();
+        let mut lost: Vec<_> = catalogue.lost().iter().filter_map(|lost| chain_of(&lost.manifest)).collect();
+        lost.retain(|id| !present.contains(id));
+        chain.retire(&lost)?;
         let announced = chain.announced()?;
         let mut own = chain.own_chains()?;
         own.extend(announced.iter().map(|note| note.snapshot.chain));

@@ -68,8 +68,8 @@ impl Catalogue {
     /// every manifest, no image data. Whatever is wrong with single points becomes a [`Problem`].
     ///
     /// # Errors
-    /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::Io`] when the
-    /// directory cannot be listed, [`ChainError::TooManyFiles`].
+    /// [`ChainError::NoSuchImage`], [`ChainError::NotADirectory`], [`ChainError::NotAllowed`], [`ChainError::Io`]
+    /// when the directory cannot be listed, [`ChainError::TooManyFiles`].
     pub fn read(directory: &Path, image: &ImageName) -> Result<Self, ChainError> {
         let mut files = Files::sort(directory, image)?;
         let mut catalogue = Self {
@@ -335,8 +335,8 @@ impl Catalogue {
     fn find_leftovers(&mut self, files: &Files) {
         let needed: BTreeSet<PointName> = self.points.iter().filter_map(|point| point.parent).collect();
         let aside = self.kept_aside(files);
-        let mut partial = files.partial.clone();
-        partial.retain(|path| !aside.contains(path));
+        self.leftovers = files.partial.clone();
+        self.leftovers.retain(|path| !aside.contains(path));
         let mut unused = Vec::new();
         // A layer of which nobody can tell what it builds upon may need any base, and so may one that was lost,
         // when it is brought back.
@@ -350,6 +350,7 @@ impl Catalogue {
             }
         }
         self.unused_bases = !unused.is_empty();
+        self.leftovers.append(&mut unused);
         for (&name, of_point) in &files.by_point {
             // What is known of a layer that is lost, and not left over, may be needed to mend the chain.
             if of_point.layer != Presence::Nothing || self.is_missed(name) {
@@ -363,8 +364,6 @@ impl Catalogue {
                 }
             }
         }
-        self.leftovers.append(&mut partial);
-        self.leftovers.append(&mut unused);
     }
 }
 

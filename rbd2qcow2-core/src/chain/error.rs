@@ -91,14 +91,14 @@ pub enum ChainError {
         #[source]
         cause: io::Error,
     },
-    /// This user may not open a file. Nothing is known to be wrong with it.
+    /// This user may not open a file, or list a directory. Nothing is known to be wrong with it.
     #[error(
-        "this user may not read {}: run as the user whose file it is, or have its owner or mode changed (chown, \
+        "this user may not read {}: run as the user whose that is, or have its owner or mode changed (chown, \
          chmod, setfacl)",
         path.display()
     )]
     NotAllowed {
-        /// The file.
+        /// The file or directory.
         path: PathBuf,
         /// What the system said.
         #[source]

@@ -471,26 +471,39 @@ impl Store {
             expected.insert(path.clone());
         }
         let found = fs::read_dir(&directory).expect("a directory");
-        let found: BTreeSet<_> = found.map(|entry| entry.expect("an entry").path()).collect();
+        let mut found: BTreeSet<_> = found.map(|entry| entry.expect("an entry").path()).collect();
+        // There where all points of a chain are gone.
+        found.remove(&directory.join(".retired"));
         assert_eq!(found, expected);
     }
 
     /// The image has the snapshots that it had and the new one, less those of this directory's chains
     /// that belong to no point or no longer need be kept.
     fn check_snapshots(&self, made: &Made, before: &[Snap]) {
-        let manifests: Vec<Value> = fs::read_dir(self.directory(&made.spec))
-            .expect("a directory")
-            .map(|entry| entry.expect("an entry").path())
-            .filter(|path| path.extension().is_some_and(|extension| extension == "json"))
-            .filter(|path| !path.ends_with(".suspect.json"))
-            .filter_map(|path| serde_json::from_slice(&fs::read(path).ok()?).ok())
-            .collect();
-        let chains: BTreeSet<_> = manifests.iter().map(|manifest| text(manifest, "chain")).collect();
+        let directory = self.directory(&made.spec);
+        let read = |path: &Path| serde_json::from_slice(&fs::read(path).ok()?).ok();
+        let (mut manifests, mut lost) = (Vec::<Value>::new(), BTreeSet::new());
+        for path in
+            fs::read_dir(&directory).expect("a directory").map(|entry| entry.expect("an entry").path())
+        {
+            let is_manifest = path.extension().is_some_and(|extension| extension == "json")
+                && !path.ends_with(".suspect.json");
+            let Some(manifest) = is_manifest.then(|| read(&path)).flatten() else { continue };
+            if !path.with_extension("qcow2").exists() {
+                lost.insert(text(&manifest, "snapshot").to_owned());
+            }
+            manifests.push(manifest);
+        }
+        let retired = fs::read_to_string(directory.join(".retired")).unwrap_or_default();
+        let mut chains: BTreeSet<_> = manifests.iter().map(|manifest| text(manifest, "chain")).collect();
+        chains.extend(retired.lines());
         let used: BTreeSet<_> = manifests.iter().map(|manifest| text(manifest, "snapshot")).collect();
         let mut expected: BTreeSet<String> = before.iter().map(|snap| snap.name.clone()).collect();
         expected.insert(text(&made.manifest, "snapshot").to_owned());
         let own = expected.iter().filter_map(|name| SnapshotName::parse(name).ok());
         let own = own.filter(|name| chains.contains(&*name.chain.to_string()));
+        // Those of lost points stay.
+        let own = own.filter(|name| !lost.contains(&name.to_string()));
         let (mut own, unfinished): (Vec<_>, Vec<_>) = own.partition(|name| used.contains(&*name.to_string()));
         own.sort_by_key(|name| std::cmp::Reverse(name.point));
         // Where a snapshot may go on changing, one more is there to tell.

@@ -27,7 +27,7 @@ pub struct Images {
 /// image and that holds a lock file or a file of that image. Reads the directories' names only.
 ///
 /// # Errors
-/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::ImageDirectory`],
+/// [`ChainError::DestinationMissing`], [`ChainError::NotADirectory`], [`ChainError::NotAllowed`], [`ChainError::ImageDirectory`],
 /// [`ChainError::Io`].
 pub fn images_in(dest: &Path) -> Result<Images, ChainError> {
     let mut found = Images::default();
@@ -90,6 +90,9 @@ fn entries(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(missing()),
         Err(error) if error.kind() == io::ErrorKind::NotADirectory => {
             return Err(ChainError::NotADirectory { path: directory.to_owned() });
+        }
+        Err(cause) if cause.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(ChainError::NotAllowed { path: directory.to_owned(), cause });
         }
         other => other.map_err(ChainError::io("list the directory", directory))?,
     };

@@ -39,7 +39,7 @@ pub(super) enum Without {
     /// What an interrupted run has left.
     LeftOver,
     /// All that is left of a point.
-    Lost(Option<Manifest>),
+    Lost(Option<Box<Manifest>>),
     /// This user may not read what would tell.
     Unknown(Problem),
 }
@@ -64,7 +64,7 @@ impl Catalogue {
                 return Without::Unknown(Problem::Manifest { path, cause: cause.into() });
             }
             Err(_) => None,
-            Ok(manifest) => Some(manifest),
+            Ok(manifest) => Some(Box::new(manifest)),
         };
         match manifest {
             Some(manifest) if is_aside && self.tells_of(&manifest, &partial) => Without::LeftOver,
@@ -86,8 +86,9 @@ impl Catalogue {
     }
 
     /// Takes a point for lost; which points need it, is found later.
-    pub(super) fn lose(&mut self, name: PointName, manifest: Option<Manifest>) {
+    pub(super) fn lose(&mut self, name: PointName, manifest: Option<Box<Manifest>>) {
         let path = self.path_of(name, FileKind::Layer);
+        let manifest = manifest.map(|manifest| *manifest);
         self.lost.push(LostPoint { name, path, manifest, needed_by: Vec::new() });
     }
 

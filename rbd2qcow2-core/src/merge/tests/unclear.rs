@@ -187,7 +187,7 @@ fn what_cannot_be_removed_stops_no_backup() {
     let removes = (0..20).any(|at| {
         fault::plan(Some((at, Fault::Fail)));
         let opened = ChainWriter::open(fixture.dest.path(), &fixture.image);
-        let removes = fault::steps().get(at) == Some(&format!("remove {name}"));
+        let removes = fault::steps().get(at) == Some(&format!("replace .{name}.partial"));
         assert!(!removes || opened.is_ok() && layer.exists() && fixture.note().exists(), "{opened:?}");
         removes
     });
