@@ -65,6 +65,8 @@ pub struct BackupLine<'a> {
     seconds: f64,
     /// Bytes that were found unchanged, as they were reported to be.
     proved_bytes: Option<u64>,
+    /// What the point may lack, and nobody can find out.
+    not_excluded: Option<&'a str>,
 }
 
 impl<'a> BackupLine<'a> {
@@ -88,6 +90,7 @@ impl<'a> BackupLine<'a> {
             diff_seconds: (ok && !dry_run).then_some(report.diff_time.as_secs_f64()),
             seconds: report.time.as_secs_f64(),
             proved_bytes: made(report.proved_bytes),
+            not_excluded: report.not_excluded.as_deref().filter(|_| ok),
         }
     }
 }
@@ -180,6 +183,7 @@ mod tests {
         report.zero_bytes = 2;
         report.read_bytes = 3;
         report.proved_bytes = 5;
+        report.not_excluded = Some("late writes".into());
         report.layer_bytes = 4;
         report.diff_time = Duration::from_millis(500);
         report.time = Duration::from_secs(2);
@@ -189,7 +193,8 @@ mod tests {
                 r#"{"image":"vm \"1\"","point":"20261122T173312Z","kind":"full","status":"ok","#,
                 r#""reason":"the base snapshot is gone","error":null,"#,
                 r#""file":"/b/vm/vm@20261122T173312Z.qcow2","data_bytes":1,"zero_bytes":2,"#,
-                r#""read_bytes":3,"layer_bytes":4,"diff_seconds":0.5,"seconds":2.0,"proved_bytes":5}"#,
+                r#""read_bytes":3,"layer_bytes":4,"diff_seconds":0.5,"seconds":2.0,"proved_bytes":5,"#,
+                r#""not_excluded":"late writes"}"#,
                 "\n"
             )
         );
@@ -205,7 +210,7 @@ mod tests {
                 r#"{"image":"vm","point":null,"kind":null,"status":"failed","reason":null,"#,
                 r#""error":"cannot write to standard output: full","file":null,"data_bytes":null,"#,
                 r#""zero_bytes":null,"read_bytes":null,"layer_bytes":null,"diff_seconds":null,"#,
-                r#""seconds":0.0,"proved_bytes":null}"#,
+                r#""seconds":0.0,"proved_bytes":null,"not_excluded":null}"#,
                 "\n"
             )
         );

@@ -214,6 +214,9 @@ fn made_line(image: &str, reason: &str, report: &ImageReport) -> String {
         HumanBytes(report.read_bytes),
         human::duration(report.time),
     );
+    if let Some(what) = &report.not_excluded {
+        let _ = write!(line, "\n  not excluded: {what}");
+    }
     line
 }
 

@@ -222,6 +222,7 @@ impl Backup<'_> {
         self.stage(Stage::Snapshot);
         let new_snapshot = NewSnapshot::take(&pool, self.image, snapshot, self.cancel, &chain)?;
         writers.settle()?;
+        report.not_excluded = writers.not_excluded();
         let base = plan.base_snapshot();
         let source =
             LibrbdSource::open(&pool, self.image, new_snapshot.name(), base.as_ref(), self.options.diff)?;

@@ -136,6 +136,8 @@ pub struct ImageReport {
     pub status: Status,
     /// Why it was skipped, or why a full backup was made where an incremental one would be usual.
     pub reason: Option<String>,
+    /// What the point may lack although everything went well, and nobody can find out.
+    pub not_excluded: Option<String>,
     /// Why it failed.
     pub error: Option<crate::source::BoxError>,
     /// The new layer.
@@ -170,6 +172,7 @@ impl ImageReport {
             kind: None,
             status,
             reason: None,
+            not_excluded: None,
             error: None,
             file: None,
             virtual_size: 0,

@@ -70,6 +70,17 @@ impl<'a> Writers<'a> {
         Err(Unheard { image, clients, waited: ANSWER_LIMIT }.into())
     }
 
+    /// What cannot be excluded of a point, in words.
+    pub(super) fn not_excluded(&self) -> Option<String> {
+        (!self.locked).then(|| {
+            format!(
+                "writes that came into the snapshot more than {} s after it was taken, as the image has no \
+                 exclusive-lock; the next backup has them",
+                UNDER_WAY.as_secs()
+            )
+        })
+    }
+
     /// Makes sure, after a snapshot was taken, that all of them have heard of it, and lets their writes arrive
     /// that were under way.
     pub(super) fn settle(&self) -> Result<(), BackupError> {
