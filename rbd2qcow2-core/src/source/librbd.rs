@@ -38,8 +38,9 @@ use crate::buffer::Buffer;
 use crate::extent::{Extent, ExtentKind, join};
 use crate::layer::SECTOR;
 use crate::options::DiffMode;
-use crate::rbd::{Ancestry, Features, Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
+use crate::rbd::{Ancestry, Granularity, Image, ImageInfo, Pool, RbdError, Snapshot};
 
+mod checks;
 mod distrust;
 mod existence;
 mod listed;
@@ -373,33 +374,6 @@ impl LibrbdSource {
         })
     }
 
-    /// An error where the OSDs hold data in a stretch that the map denies.
-    fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), Distrust> {
-        match within(own, &stretch.range).find(|extent| extent.kind == ExtentKind::Data) {
-            None => Ok(()),
-            Some(extent) => Err(self.map_is_wrong(extent.offset)),
-        }
-    }
-
-    /// The reason for what looks like a wrong map. An ancestry that changed looks the same: a flattened image has
-    /// objects that a map of before does not list.
-    fn blame(&self, wrong: Distrust) -> super::BoxError {
-        let ancestry = self.pool.open(&self.name, None).map_err(super::BoxError::from);
-        match ancestry.and_then(|head| self.check_ancestry(&head)) {
-            Err(changed) if changed.is::<Distrust>() => changed,
-            _ => wrong.into(),
-        }
-    }
-
-    fn map_is_wrong(&self, offset: u64) -> Distrust {
-        Distrust::ObjectMapWrong {
-            image: self.pool.spec(&self.name),
-            snapshot: self.snapshot.clone().unwrap_or_else(|| "HEAD".to_owned()),
-            rebuild: self.base.as_ref().map(|base| base.name.clone()),
-            offset,
-        }
-    }
-
     /// What the object maps say of a segment.
     fn window_of(&self, segment: &Range<u64>) -> Result<Arc<Window>, RbdError> {
         let windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
@@ -416,115 +390,6 @@ impl LibrbdSource {
             windows.pop_front();
         }
         windows.push_back(window);
-    }
-
-    /// Looks, through other handles, whether what was read can be relied on: see [`Distrust`]. `head` is the image
-    /// as it is now, opened since everything was read. Blocks.
-    ///
-    /// # Errors
-    /// [`SourceError::Unreliable`].
-    pub fn confirm_by(&self, head: &Image) -> Result<(), SourceError> {
-        let unreliable = |cause: super::BoxError| SourceError::Unreliable { cause };
-        self.check_ancestry(head).map_err(unreliable)?;
-        self.check_map(head).map_err(unreliable)
-    }
-
-    fn check_ancestry(&self, head: &Image) -> Result<(), super::BoxError> {
-        let changed = |change| Distrust::AncestryChanged { image: self.pool.spec(&self.name), change };
-        let info = head.info()?;
-        if info.id != self.info.id {
-            let change = format!("another image has its name (id {}, it was {})", info.id, self.info.id);
-            return Err(changed(change).into());
-        }
-        if self.ancestry.is_alone() {
-            // What is on its way shows what it does not hold itself.
-            return match info.features.has(Features::MIGRATING) {
-                true => Err(changed("its migration began".to_owned()).into()),
-                false => Ok(()),
-            };
-        }
-        let later = match &self.snapshot {
-            Some(snapshot) => {
-                self.pool.open(&self.name, Some(snapshot)).and_then(|at| self.pool.ancestry(&at, &self.name))
-            }
-            None => self.pool.ancestry(head, &self.name),
-        };
-        let later = match later {
-            Err(error) if error.is_not_found() => return Err(changed(error.to_string()).into()),
-            later => later?,
-        };
-        self.ancestry.difference(&later).map_or(Ok(()), |change| Err(changed(change).into()))
-    }
-
-    /// Asks the OSDs for all objects that the image's map denies. Blocks.
-    ///
-    /// # Errors
-    /// [`SourceError::Unreliable`], of [`Distrust::ObjectMapWrong`] where one of them holds data.
-    pub fn check_denied(&self) -> Result<(), SourceError> {
-        if self.reads_all() || !self.info.object_map_valid {
-            return Ok(());
-        }
-        let size = self.info.size;
-        let check = || -> Result<(), super::BoxError> {
-            for part in window::parts(self, size) {
-                let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
-                let listed = blank().listed(&self.image, None, part.start..part.end.min(size))?;
-                let mut denied = blank();
-                denied.mark_each(&listed, &listed, |listed, _| !listed);
-                self.check_holds_nothing(&denied, &listed)?;
-            }
-            Ok(())
-        };
-        check().map_err(|cause| SourceError::Unreliable { cause })
-    }
-
-    /// An error where the OSDs hold data in a piece of `suspects` that is not `listed`.
-    fn check_holds_nothing(&self, suspects: &Pieces, listed: &Pieces) -> Result<(), super::BoxError> {
-        let mut next = suspects.range().start;
-        while let Some(range) = suspects.next_marked(next, self.period(), window::longest(self)) {
-            next = range.end;
-            let range = range.start..range.end.min(self.info.size);
-            if range.is_empty() {
-                break;
-            }
-            let own = self.list(None, range, false)?;
-            let denied =
-                |extent: &&Extent| extent.kind == ExtentKind::Data && !listed.is_marked(extent.offset);
-            if let Some(extent) = own.iter().find(denied) {
-                return Err(self.map_is_wrong(extent.offset).into());
-            }
-        }
-        Ok(())
-    }
-
-    /// Asks the OSDs for objects that the snapshot's map denies: those that the head's map lists (they came
-    /// later; or a writer that had not heard of the snapshot yet wrote into it), and some others.
-    fn check_map(&self, head: &Image) -> Result<(), super::BoxError> {
-        if self.reads_all() || !self.info.object_map_valid || self.snapshot.is_none() {
-            return Ok(());
-        }
-        let now = head.info()?;
-        for part in window::parts(self, self.info.size) {
-            let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
-            let end = part.end.min(self.info.size);
-            let listed = blank().listed(&self.image, None, part.start..end)?;
-            let mut suspects = blank();
-            if now.object_map_valid {
-                let by_head = blank().listed(head, None, part.start.min(now.size)..end.min(now.size))?;
-                suspects.mark_each(&by_head, &listed, |head, listed| head & !listed);
-            }
-            // A scan has asked for all of them.
-            if self.base.is_some() && self.mode != DiffMode::Scan {
-                let pieces = (end - part.start).div_ceil(self.info.stripe_unit);
-                if pieces <= window::DENIED_FEW {
-                    suspects.mark_each(&listed, &listed, |listed, _| !listed);
-                } else {
-                    suspects.mark_some_besides(&listed, end, window::SAMPLES, window::SAMPLE);
-                }
-            }
-            self.check_holds_nothing(&suspects, &listed)?;
-        }
-        Ok(())
     }
 }
 
