@@ -124,7 +124,7 @@ fn what_root_leaves_belongs_to_who_backs_up() {
     chown(backups.image("vm").join(".lock"), Some(0), Some(0)).unwrap();
     let told = other.run(&["verify", dest]);
     assert_eq!(told.status, Some(1), "{told:?}");
-    assert!(told.stderr.contains(".lock: run as the user whose that is"), "{told:?}");
+    assert!(told.stderr.contains(".lock: run as its owner"), "{told:?}");
     assert_eq!(run(&["verify", dest]).status, Some(0));
     assert_given(backups.path(), "verify");
 }

@@ -93,7 +93,7 @@ pub enum ChainError {
     },
     /// This user may not open a file, or list a directory. Nothing is known to be wrong with it.
     #[error(
-        "this user may not read {}: run as the user whose that is, or have its owner or mode changed (chown, \
+        "this user may not read {}: run as its owner, or have its owner or mode changed (chown, \
          chmod, setfacl)",
         path.display()
     )]
