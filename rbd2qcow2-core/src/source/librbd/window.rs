@@ -327,6 +327,7 @@ fn least_common_multiple(a: u64, b: u64) -> u64 {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "lists of one range")]
 mod tests {
     use super::*;
 
