@@ -97,7 +97,8 @@ fn night(world: &mut World, number: u64) -> Result<Option<(std::path::PathBuf, V
     ));
     (world.late, world.migrated) = (false, false);
     world.now.clear();
-    let before = world.store.snapshot_names(&world.spec);
+    // By their ids: a run that failed may have left one whose name the next run gives anew.
+    let before = world.store.driver.snaps(&world.spec)?.into_iter().map(|snap| snap.id).collect();
     let backup = world.store.pool_backup(std::slice::from_ref(&world.spec));
     let (mut early, mut failure) = (Truths::new(), None);
     let mut reports = held(
@@ -156,10 +157,10 @@ fn draw_moments(world: &mut World) -> Vec<Moment> {
 }
 
 /// What the snapshots hold that were not there before.
-fn truths(world: &World, before: &std::collections::BTreeSet<String>) -> Result<Truths> {
+fn truths(world: &World, before: &std::collections::BTreeSet<u64>) -> Result<Truths> {
     let mut truths = Truths::new();
     for snap in world.store.driver.snaps(&world.spec)? {
-        if snap.name.starts_with("rbd2qcow2-") && !before.contains(&snap.name) {
+        if snap.name.starts_with("rbd2qcow2-") && !before.contains(&snap.id) {
             match world.store.driver.read_objects(&world.spec, Some(&snap.name)) {
                 Ok(truth) => drop(truths.insert(snap.name, truth)),
                 Err(error) if error.is_breakdown() => return Err(error),
