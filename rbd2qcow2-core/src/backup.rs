@@ -181,7 +181,7 @@ impl Backup<'_> {
             Err(error) => {
                 // It was named, but there is no such point.
                 report.point = None;
-                distrust = error.distrust().cloned();
+                distrust = error.distrust().filter(|distrust| distrust.may_pass()).cloned();
                 let error = if self.cancel.is_set() { BackupError::Cancelled } else { error };
                 report.error = Some(error.into());
             }

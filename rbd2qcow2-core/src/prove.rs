@@ -2,16 +2,16 @@
 //!
 //! What changed is what somebody says, be it a cluster or an embedder's source. A change that is not told is
 //! lost for good: the next comparison begins where this one ends. So while an increment is copied some pages
-//! are chosen of all that was *not* reported, others every time ([`Watched`]), and in the end they are read and
-//! held against what the chain below holds ([`Watched::prove`]). 64 pages find
+//! are chosen of all that was *not* reported, others every time (`Watched`), and in the end they are read and
+//! held against what the chain below holds (`Watched::prove`). 64 pages find
 //! every second time that a hundredth of an image is lost, and as the loss stays, within a week nearly for sure.
 //!
 //! # Which pages
-//! Where a source compares only what exists ([`Weigh::Nothing`]), every page of that is as good as any other.
-//! A source that is asked about the whole image ([`Weigh::Unreported`]) also passes by what never was, which
+//! Where a source compares only what exists (`Weigh::Nothing`), every page of that is as good as any other.
+//! A source that is asked about the whole image (`Weigh::Unreported`) also passes by what never was, which
 //! may be nearly all of it. There pages are chosen by what the chain holds: most of them among its data, some
 //! where the chain has nothing beside data in the same object (data that were lost from the beginning), and a
-//! few anywhere. The tables of the chain are read for that, of [`WEIGHED`] bytes of the image at most: of larger
+//! few anywhere. The tables of the chain are read for that, of `WEIGHED` bytes of the image at most: of larger
 //! ones a random part of each segment is looked at.
 
 use std::ops::Range;

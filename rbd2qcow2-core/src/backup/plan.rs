@@ -87,6 +87,9 @@ impl Plan {
             name: base.snapshot.as_ref()?.name.clone(),
             map_digest: manifest.and_then(|manifest| manifest.record.object_map.clone()),
             objects: manifest.and_then(|manifest| manifest.record.objects.clone()),
+            overlap: manifest
+                .and_then(|manifest| manifest.record.clone_parent.as_ref())
+                .map_or(0, |parent| parent.overlap),
             guard: base.guard.clone(),
         })
     }
@@ -154,9 +157,6 @@ impl Backup<'_> {
         head: &Image,
         before: Option<&Distrust>,
     ) -> Result<Plan, BackupError> {
-        if let Some(reason @ Distrust::BaseMapChanged { .. }) = before {
-            return Ok(Plan::comparing(newest, Some(reason.to_string())));
-        }
         let suspicion = catalogue.suspicion(newest);
         if let Some(suspicion) = suspicion.filter(|suspicion| suspicion.doubt == Doubt::Unreadable) {
             return Ok(Plan::full(Some(format!("the chain cannot be read: {}", suspicion.describe()))));
@@ -167,6 +167,9 @@ impl Backup<'_> {
         Ok(match (self.base_of(newest, &info, &snapshots), suspicion) {
             (Err(Gone::Snapshot(reason)), _) if may_compare => Plan::comparing(newest, Some(reason)),
             (Err(Gone::Snapshot(reason) | Gone::Doubt(reason)), _) => Plan::full(Some(reason)),
+            (Ok(_), _) if before.is_some_and(|before| matches!(before, Distrust::BaseMapChanged { .. })) => {
+                Plan::comparing(newest, before.map(ToString::to_string))
+            }
             (Ok(_), Some(suspicion)) => {
                 let reason = format!(
                     "compared with the whole image, as the chain is suspect: {}",

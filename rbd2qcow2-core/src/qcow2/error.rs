@@ -152,6 +152,7 @@ impl ReadError {
             self,
             Self::Header { cause: HeaderError::Read(_), .. }
                 | Self::Io { .. }
+                | Self::Replaced { .. }
                 | Self::OutOfRange { .. }
                 | Self::NoLayers
         )

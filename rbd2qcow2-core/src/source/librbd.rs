@@ -65,6 +65,8 @@ pub struct BaseSnapshot {
     /// The objects that its map listed then, where it is a clone's, as [`LibrbdSource::listed_objects`] gave
     /// them. `None` where nobody knows.
     pub objects: Option<String>,
+    /// Bytes from the start that fell through to a parent then. A flattened image does not tell any more.
+    pub overlap: u64,
     /// An older snapshot, for a base that writers may have changed after it was read: what changed since that
     /// one is taken for changed, too.
     pub guard: Option<String>,
@@ -136,12 +138,18 @@ impl LibrbdSource {
                     let start = self::suspect_from(&handle, &info, snapshot, older, &opened.info()?)?;
                     suspect_from = suspect_from.min(start);
                 }
-                let BaseSnapshot { name, map_digest, objects, guard } = base.clone();
+                let BaseSnapshot { name, map_digest, objects, overlap, guard } = base.clone();
                 let image = pool.open(image, Some(&name))?;
-                let info = image.info()?;
-                let range = 0..window::end_of(&info);
-                let then = objects.and_then(|text| Pieces::from_text(&text, range, info.stripe_unit));
-                Some(Base { name, image, info, map_digest, then, guard })
+                let mut then_info = image.info()?;
+                let range = 0..window::end_of(&then_info);
+                let then = objects.and_then(|text| Pieces::from_text(&text, range, then_info.stripe_unit));
+                if then.is_some() && info.overlap < overlap {
+                    // What showed the parent may be anything by now, and what the map listed then tells
+                    // nothing of that. A flatten takes the parent away from the base, too.
+                    suspect_from = suspect_from.min(info.overlap);
+                }
+                then_info.overlap = then_info.overlap.max(overlap);
+                Some(Base { name, image, info: then_info, map_digest, then, guard })
             }
         };
         let mode = if mode == DiffMode::Compare { DiffMode::Exact } else { mode };
@@ -280,7 +288,7 @@ impl LibrbdSource {
         };
         for stretch in &stretches {
             if stretch.now == Known::No {
-                self.deny(&own_extents, stretch).map_err(|wrong| self.blame(wrong))?;
+                self.deny(&own_extents, stretch)?;
             }
             found.extend(self.changes_of(stretch, &changed, &own_extents, &held_extents));
         }

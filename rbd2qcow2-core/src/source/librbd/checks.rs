@@ -80,11 +80,8 @@ impl LibrbdSource {
                 break;
             }
             let own = self.list(None, range, false)?;
-            let denied =
-                |extent: &&Extent| extent.kind == ExtentKind::Data && !listed.is_marked(extent.offset);
-            if let Some(extent) = own.iter().find(denied) {
-                return Err(self.map_is_wrong(extent.offset).into());
-            }
+            let held: Vec<_> = own.into_iter().filter(|extent| extent.kind == ExtentKind::Data).collect();
+            self.check_still_denied(unlisted(&held, listed))?;
         }
         Ok(())
     }
@@ -99,11 +96,13 @@ impl LibrbdSource {
         for part in window::parts(self, self.info.size) {
             let blank = || Pieces::new(part.clone(), self.info.stripe_unit);
             let end = part.end.min(self.info.size);
+            // The head's first: what is written to a clone meanwhile gets into the maps of both.
+            let in_head = part.start.min(now.size)..end.min(now.size);
+            let by_head = now.object_map_valid.then(|| blank().listed(head, None, in_head)).transpose()?;
             let listed = blank().listed(&self.image, None, part.start..end)?;
             let mut suspects = blank();
-            if now.object_map_valid {
-                let by_head = blank().listed(head, None, part.start.min(now.size)..end.min(now.size))?;
-                suspects.mark_each(&by_head, &listed, |head, listed| head & !listed);
+            if let Some(by_head) = &by_head {
+                suspects.mark_each(by_head, &listed, |head, listed| head & !listed);
             }
             // A scan has asked for all of them.
             if self.base.is_some() && self.mode != DiffMode::Scan {
@@ -120,16 +119,36 @@ impl LibrbdSource {
     }
 
     /// An error where the OSDs hold data in a stretch that the map denies.
-    pub(super) fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), Distrust> {
-        match within(own, &stretch.range).find(|extent| extent.kind == ExtentKind::Data) {
+    pub(super) fn deny(&self, own: &[Extent], stretch: &Stretch) -> Result<(), BoxError> {
+        let held = within(own, &stretch.range).filter(|extent| extent.kind == ExtentKind::Data);
+        self.check_still_denied(held.collect())
+    }
+
+    /// An error where one of the extents, which the OSDs hold and the map denied, is denied by right.
+    ///
+    /// Whoever writes to a clone puts the parent's data into the objects of its snapshots, too, and into their
+    /// maps before that. What the snapshot shows stays the same.
+    fn check_still_denied(&self, held: Vec<Extent>) -> Result<(), BoxError> {
+        let (Some(first), Some(last)) = (held.first(), held.last()) else { return Ok(()) };
+        let unit = self.info.stripe_unit;
+        let range = first.offset / unit * unit..last.end().max(first.end());
+        let mut listed = Pieces::new(range.clone(), unit);
+        if self.info.overlap > 0 {
+            // The handle that is read through goes by the map of when it was opened.
+            let now = self.pool.open(&self.name, self.snapshot.as_deref())?;
+            listed = listed.listed(&now, None, range.start..range.end.min(self.info.size))?;
+        }
+        let beyond = held.iter().find(|extent| extent.end() > self.info.overlap).map(|extent| extent.offset);
+        let still = unlisted(&held, &listed).first().map(|extent| extent.offset);
+        match still.into_iter().chain(beyond).min() {
+            Some(offset) => Err(self.blame(self.map_is_wrong(offset))),
             None => Ok(()),
-            Some(extent) => Err(self.map_is_wrong(extent.offset)),
         }
     }
 
     /// The reason for what looks like a wrong map. An ancestry that changed looks the same: a flattened image has
     /// objects that a map of before does not list.
-    pub(super) fn blame(&self, wrong: Distrust) -> BoxError {
+    fn blame(&self, wrong: Distrust) -> BoxError {
         let ancestry = self.pool.open(&self.name, None).map_err(BoxError::from);
         match ancestry.and_then(|head| self.check_ancestry(&head)) {
             Err(changed) if changed.is::<Distrust>() => changed,
@@ -144,5 +163,37 @@ impl LibrbdSource {
             rebuild: self.base.as_ref().map(|base| base.name.clone()),
             offset,
         }
+    }
+}
+
+/// The parts of extents that lie in pieces that are not listed. An extent may go from one object to the next.
+fn unlisted(extents: &[Extent], listed: &Pieces) -> Vec<Extent> {
+    let mut found = Vec::new();
+    for extent in extents {
+        let mut start = extent.offset;
+        while start < extent.end() {
+            let end = listed.same_until(start, extent.end());
+            if !listed.is_marked(start) {
+                found.extend(Extent::new(start..end, extent.kind));
+            }
+            start = end;
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_extent_that_begins_in_a_listed_piece_and_ends_in_another_is_seen() {
+        let extent = |range| Extent::new(range, ExtentKind::Data).unwrap();
+        let mut listed = Pieces::new(100..200, 10);
+        listed.mark(100..120);
+        listed.mark(150..160);
+        let found = unlisted(&[extent(110..155), extent(158..165)], &listed);
+        assert_eq!(found, [extent(120..150), extent(160..165)]);
+        assert!(unlisted(&[extent(101..119)], &listed).is_empty());
     }
 }

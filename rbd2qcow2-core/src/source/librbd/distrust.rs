@@ -46,6 +46,17 @@ pub enum Distrust {
     },
 }
 
+impl Distrust {
+    /// Whether another attempt may do better.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::AncestryChanged { .. } | Self::BaseMapChanged { .. } => true,
+            Self::ObjectMapWrong { .. } => false,
+        }
+    }
+}
+
 fn rebuild_too(image: &str, snapshot: &Option<String>) -> String {
     snapshot
         .as_ref()

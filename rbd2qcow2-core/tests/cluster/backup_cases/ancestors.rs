@@ -12,7 +12,7 @@ use rbd2qcow2_core::verify::{
     ClusterSnapshots, Found, PointReport, Snapshots, SourceStatus, VerifyImage, VerifyOptions, VerifyProgress,
 };
 
-use super::MIB;
+use super::{MIB, small_objects};
 use crate::cluster::{TestCluster, unique_image};
 use crate::cluster_or_skip;
 use crate::driver::{Driver, FULL_FEATURES, Layout, Spec};
@@ -287,6 +287,57 @@ fn a_restore_over_a_clone_is_not_deceived() {
                 }
             }
             family.purge(&store.driver);
+        }
+    }
+}
+
+/// What showed the parent when the base was read, and is changed after a flatten: the base no longer tells that
+/// it had a parent.
+#[test]
+fn a_clone_that_is_flattened_and_then_discarded_shrunk_or_truncated() {
+    let cluster = cluster_or_skip!("a_clone_that_is_flattened_and_then_discarded_shrunk_or_truncated");
+    const OBJECT: u64 = 64 << 10;
+    let without_deep: &[&str] = &["layering", "exclusive-lock", "object-map", "fast-diff"];
+    for (features, diff) in [
+        (FULL_FEATURES, DiffMode::Exact),
+        (FULL_FEATURES, DiffMode::Scan),
+        (without_deep, DiffMode::Exact),
+        (without_deep, DiffMode::Scan),
+    ] {
+        for change in 0..3 {
+            let mut store = Store::new(&cluster);
+            (store.options.diff, store.options.prove) = (diff, 0);
+            let parent = store.image("flat-parent", 2 * MIB, &small_objects());
+            store.driver.write(&parent, 0, 2 * MIB, 1).expect("a write");
+            store.driver.snap_create(&parent, "base").expect("a snapshot");
+            let spec = unique_image("flat");
+            store.driver.clone(&parent, "base", &spec, &Layout::new(16, features)).expect("a clone");
+            store.driver.write(&spec, 3 * OBJECT, 100, 2).expect("a write");
+            let what = format!("{diff:?}, {features:?}, change {change}");
+            night(&store, &spec, &what).assert_right(&what);
+            let shrink = |size| store.driver.resize(&spec, size).expect("resized");
+            match change {
+                0 => {
+                    store.driver.flatten(&spec).expect("flattened");
+                    store.driver.discard(&spec, 5 * OBJECT, OBJECT).expect("a discard");
+                }
+                1 => {
+                    store.driver.flatten(&spec).expect("flattened");
+                    store.driver.discard(&spec, 5 * OBJECT + OBJECT / 2, OBJECT / 2).expect("a discard");
+                }
+                _ => {
+                    shrink(4 * OBJECT);
+                    shrink(2 * MIB);
+                    store.driver.flatten(&spec).expect("flattened");
+                }
+            }
+            store.driver.close(&spec).expect("closed");
+            night(&store, &spec, &format!("{what}, flattened")).assert_right(&what);
+            store.driver.write(&spec, 7 * OBJECT, 100, 3).expect("a write");
+            store.driver.close(&spec).expect("closed");
+            night(&store, &spec, &format!("{what}, the third night")).assert_right(&what);
+            store.purge(&spec);
+            store.purge(&parent);
         }
     }
 }

@@ -1,8 +1,14 @@
 //! What a diff of clones could be wrong about: the parent that shows through, or no longer does.
 
+use rbd2qcow2_core::options::DiffMode;
+use rbd2qcow2_core::rbd::Granularity;
+use rbd2qcow2_core::source::RbdDiffSource;
+
 use super::case::{Case, MIB, OBJECT, layout};
+use super::{Pair, Rebuilt, check_reads};
 use crate::cluster_or_skip;
 use crate::driver::{FULL_FEATURES, Layout, NO_OBJECT_MAP};
+use crate::random::Random;
 
 #[test]
 fn a_clone_shows_its_parent() {
@@ -136,5 +142,40 @@ fn a_clone_shrunk_grown_and_flattened_without_a_snapshot_between() {
         case.flatten();
         case.snap("s2");
         case.right_and_different("s1", "s2");
+    }
+}
+
+/// The first write to an object of a clone puts the parent's data into its snapshots, and the object into their
+/// maps. Who has read the map before must not take that for a lie.
+#[test]
+fn a_clone_that_is_written_to_after_its_map_was_read() {
+    let cluster = cluster_or_skip!("a_clone_that_is_written_to_after_its_map_was_read");
+    for mode in [DiffMode::Exact, DiffMode::Scan] {
+        let mut case = Case::cloned(&cluster, &layout());
+        case.write(OBJECT, 100);
+        case.snap("one");
+        let content = case.content("one");
+        let pair = Pair { pool: &case.pool, spec: &case.spec, base: None, snapshot: "one" };
+        let source = pair.open(mode);
+        let segments: Vec<_> = source.segments(4096).map(Result::unwrap).collect();
+        let listed = || {
+            let image = case.pool.open(&case.spec.image, Some("one")).unwrap();
+            image
+                .diff(None, 0..2 * MIB, Granularity::Objects, false, 0, |sum, one| *sum += one.length)
+                .unwrap()
+        };
+        let before: u64 = listed();
+        case.driver.write(&case.spec, 5 * OBJECT + 7, 100, 8).unwrap();
+        case.driver.write(&case.spec, 9 * OBJECT, OBJECT, 9).unwrap();
+        assert!(listed() > before, "nothing was copied up");
+        let mut found = Vec::new();
+        for segment in segments {
+            source.diff(segment, &mut found).expect("nothing is wrong with the map");
+        }
+        source.confirm().expect("nothing is wrong with the map");
+        let mut rebuilt = Rebuilt::new(&[], &content);
+        found.iter().for_each(|extent| rebuilt.take(extent));
+        assert_eq!(rebuilt.wrong(), None, "{mode:?}");
+        check_reads(&source, &found, &content, &mut Random::new(1));
     }
 }
