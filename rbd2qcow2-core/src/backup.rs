@@ -213,7 +213,9 @@ impl Backup<'_> {
         self.remove_unfinished_snapshots(&pool, &head, &chain)?;
         let plan = self.plan(chain.catalogue(), &head, before)?;
         plan.tell(report);
-        let writers = Writers::of(&pool, self.image, &head.info()?, &stop);
+        let earlier = chain.earlier_clients();
+        chain.note_client(pool.cluster().instance_id());
+        let writers = Writers::of(&pool, self.image, &head.info()?, earlier, &stop);
         writers.answer()?;
         let snapshot = self.name_snapshot(&chain, &plan)?;
         report.point = Some(snapshot.point.to_string());

@@ -97,8 +97,7 @@ pub struct ChainWriter {
     catalogue: Catalogue,
     /// What killed runs had left behind.
     removed: Vec<PathBuf>,
-    /// Held for its drop.
-    _lock: ChainLock,
+    lock: ChainLock,
 }
 
 /// What a new layer is going to be.
@@ -142,8 +141,7 @@ impl ChainWriter {
         }
         let lock = ChainLock::exclusive(&directory)?;
         let catalogue = Catalogue::read(&directory, image)?;
-        let mut writer =
-            Self { directory, image: image.clone(), catalogue, removed: Vec::new(), _lock: lock };
+        let mut writer = Self { directory, image: image.clone(), catalogue, removed: Vec::new(), lock };
         writer.settle_merges()?;
         writer.clean()?;
         writer.finish_forgetting()?;
@@ -228,6 +226,19 @@ impl ChainWriter {
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The numbers of the cluster's clients that earlier runs were, of the last five minutes. They are gone,
+    /// though the cluster may take one that was killed for alive.
+    #[must_use]
+    pub fn earlier_clients(&self) -> Vec<u64> {
+        self.lock.earlier_clients()
+    }
+
+    /// Notes which of the cluster's clients this run is, for [`earlier_clients`](Self::earlier_clients) of the
+    /// next one. Best effort.
+    pub fn note_client(&self, number: u64) {
+        self.lock.note_client(number);
     }
 
     /// The files of killed runs that were removed when the directory was opened.

@@ -238,8 +238,10 @@ fn damage_is_named_and_leaves_no_file() {
     fs::File::options().write(true).open(&layer).unwrap().set_len(100_000).unwrap();
     scene.refused("web/1", &[], &[name, "is broken", &not_affected]);
     fs::remove_file(&layer).unwrap();
-    scene.refused(&format!("web/1@{SECOND}"), &[], &["has no point", FIRST]);
-    scene.restored("web/1", &[]);
+    scene.refused(&format!("web/1@{SECOND}"), &[], &["is lost", name, &not_affected]);
+    // Who says nothing of a point wants the newest, and not one that happens to be left.
+    scene.refused("web/1", &[], &["is lost", name]);
+    scene.restored(&format!("web/1@{FIRST}"), &[]);
     assert!(fs::read(scene.out()).unwrap() == scene.contents[0]);
 }
 

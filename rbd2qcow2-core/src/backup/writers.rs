@@ -47,13 +47,21 @@ pub(super) struct Writers<'a> {
     image: &'a str,
     image_id: String,
     locked: bool,
+    /// Clients that earlier runs were. One that was killed does not answer, and never wrote.
+    earlier: Vec<u64>,
     stop: &'a Cancel,
 }
 
 impl<'a> Writers<'a> {
-    pub(super) fn of(pool: &'a Pool, image: &'a str, info: &ImageInfo, stop: &'a Cancel) -> Self {
+    pub(super) fn of(
+        pool: &'a Pool,
+        image: &'a str,
+        info: &ImageInfo,
+        earlier: Vec<u64>,
+        stop: &'a Cancel,
+    ) -> Self {
         let locked = info.features.has(Features::EXCLUSIVE_LOCK);
-        Self { pool, image, image_id: info.id.clone(), locked, stop }
+        Self { pool, image, image_id: info.id.clone(), locked, earlier, stop }
     }
 
     /// Makes sure, before a snapshot is taken, that all of them are going to hear of it, and tells how many
@@ -62,7 +70,8 @@ impl<'a> Writers<'a> {
         if self.locked {
             return Ok(0);
         }
-        let answers = self.pool.notify_watchers(&self.image_id, ANSWER_LIMIT)?;
+        let mut answers = self.pool.notify_watchers(&self.image_id, ANSWER_LIMIT)?;
+        answers.silent.retain(|client| !self.earlier.contains(client));
         if answers.silent.is_empty() {
             return Ok(answers.answered.len());
         }

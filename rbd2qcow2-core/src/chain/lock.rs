@@ -9,8 +9,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
@@ -25,6 +26,17 @@ pub const LOCK_FILE: &str = ".lock";
 /// Those who only [look](ChainLock::writer) at the lock hold it for a moment, as readers do.
 const TRIES: u32 = 5;
 const MOMENT: Duration = Duration::from_millis(10);
+
+/// How long the cluster may take a client that died for alive (`osd_client_watch_timeout`, 30 s), and more, in
+/// seconds.
+const CLIENT_LIFE: u64 = 300;
+
+/// A client of the cluster, by its number, and when it was noted, in seconds since 1970.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Client {
+    number: u64,
+    noted: u64,
+}
 
 /// Who keeps others out of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +69,8 @@ pub struct ChainLock {
     file: File,
     /// Whether the file says whose it is, which must end with the lock.
     exclusive: bool,
+    /// Those of the runs that held the lock lately, and of this one.
+    clients: Mutex<Vec<Client>>,
 }
 
 impl ChainLock {
@@ -81,11 +95,44 @@ impl ChainLock {
             }
             thread::sleep(MOMENT);
         }
+        let clients = read_clients(&mut file);
+        let lock = Self { file, exclusive: true, clients: Mutex::new(clients) };
         // Only for the message to others.
-        if let Err(error) = write_pid(&mut file) {
+        if let Err(error) = lock.write(Some(std::process::id())) {
             log::debug!("cannot write the process id into {}: {error}", path.display());
         }
-        Ok(Self { file, exclusive: true })
+        Ok(lock)
+    }
+
+    /// The clients of the cluster that earlier runs noted in the last five minutes. None of them does
+    /// anything with the chain any more, though the cluster may take one for alive that was killed.
+    pub(super) fn earlier_clients(&self) -> Vec<u64> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).iter().map(|one| one.number).collect()
+    }
+
+    /// Notes this run's client of the cluster, for the runs to come. Best effort: without it, one that follows
+    /// a killed one may have to wait.
+    pub(super) fn note_client(&self, number: u64) {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).push(Client { number, noted: now() });
+        if let Err(error) = self.write(Some(std::process::id())) {
+            log::debug!("cannot note the cluster's client {number} in a lock file: {error}");
+        }
+    }
+
+    /// Writes what the file says: whose it is, and the clients.
+    fn write(&self, pid: Option<u32>) -> io::Result<()> {
+        let clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = pid.map_or_else(String::new, |pid| pid.to_string());
+        if pid.is_some() || !clients.is_empty() {
+            text.push('\n');
+        }
+        for Client { number, noted } in clients.iter() {
+            text += &format!("client.{number} {noted}\n");
+        }
+        let mut file = &self.file;
+        file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(text.as_bytes())
     }
 
     /// Locks the chain in `directory` against changes, together with other readers. Does not wait.
@@ -115,7 +162,7 @@ impl ChainLock {
             }
             other => {
                 other.map_err(ChainError::io("lock", &path))?;
-                Ok(Some(Self { file, exclusive: false }))
+                Ok(Some(Self { file, exclusive: false, clients: Mutex::default() }))
             }
         }
     }
@@ -143,7 +190,7 @@ impl Drop for ChainLock {
     fn drop(&mut self) {
         if self.exclusive {
             // Best effort, as the writing was.
-            _ = self.file.set_len(0);
+            _ = self.write(None);
         }
         // Closing the file would not suffice: a child process that another thread is just starting
         // holds a copy of it until its exec. Should this fail, closing is what remains.
@@ -204,13 +251,25 @@ fn look(file: &File) -> Result<(), Errno> {
 fn read_pid(file: &mut File) -> Option<u32> {
     let mut text = String::new();
     file.take(16).read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
+    text.lines().next()?.trim().parse().ok()
 }
 
-fn write_pid(file: &mut File) -> io::Result<()> {
-    file.set_len(0)?;
-    file.rewind()?;
-    writeln!(file, "{}", std::process::id())
+fn now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// The clients that the file names and that were noted lately, or claim to be of the future.
+fn read_clients(file: &mut File) -> Vec<Client> {
+    let mut text = String::new();
+    if file.rewind().and_then(|()| file.take(1 << 16).read_to_string(&mut text)).is_err() {
+        return Vec::new();
+    }
+    let oldest = now().saturating_sub(CLIENT_LIFE);
+    let parse = |line: &str| {
+        let (number, noted) = line.strip_prefix("client.")?.split_once(' ')?;
+        Some(Client { number: number.parse().ok()?, noted: noted.parse().ok()? })
+    };
+    text.lines().filter_map(parse).filter(|client| client.noted >= oldest).collect()
 }
 
 #[cfg(test)]
@@ -236,6 +295,28 @@ mod tests {
         assert!(error.contains(LOCK_FILE), "{error}");
         drop(lock);
         _ = ChainLock::exclusive(directory.path()).expect("free again");
+    }
+
+    #[test]
+    fn clients_of_earlier_runs_are_known_for_a_while() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let lock = ChainLock::exclusive(directory.path()).expect("free");
+        assert!(lock.earlier_clients().is_empty());
+        lock.note_client(4123);
+        assert_eq!(
+            locked(ChainLock::exclusive(directory.path())),
+            Holder::Writer { pid: Some(std::process::id()) }
+        );
+        drop(lock);
+        assert_eq!(ChainLock::writer(directory.path()).expect("readable"), None);
+        let lock = ChainLock::exclusive(directory.path()).expect("free");
+        assert_eq!(lock.earlier_clients(), [4123]);
+        // As a killed run leaves it, and one of long ago.
+        let text = format!("77\nclient.5 {}\nclient.6 {}\nclient.x 1\n", now(), now() - CLIENT_LIFE - 10);
+        drop(lock);
+        std::fs::write(directory.path().join(LOCK_FILE), text).expect("written");
+        let lock = ChainLock::exclusive(directory.path()).expect("free");
+        assert_eq!(lock.earlier_clients(), [5]);
     }
 
     #[test]

@@ -219,7 +219,8 @@ impl Cluster {
     }
 
     /// The number that the cluster knows this connection by.
-    pub(super) fn instance_id(&self) -> u64 {
+    #[must_use]
+    pub fn instance_id(&self) -> u64 {
         // SAFETY: the handle is connected, as all that is given out.
         unsafe { rados_sys::rados_get_instance_id(self.handle.raw) }
     }
