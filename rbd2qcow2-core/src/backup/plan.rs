@@ -88,8 +88,7 @@ impl Plan {
             map_digest: manifest.and_then(|manifest| manifest.record.object_map.clone()),
             objects: manifest.and_then(|manifest| manifest.record.objects.clone()),
             overlap: manifest
-                .and_then(|manifest| manifest.record.clone_parent.as_ref())
-                .map_or(0, |parent| parent.overlap),
+                .map(|manifest| manifest.record.clone_parent.as_ref().map_or(0, |parent| parent.overlap)),
             guard: base.guard.clone(),
         })
     }

@@ -65,8 +65,9 @@ pub struct BaseSnapshot {
     /// The objects that its map listed then, where it is a clone's, as [`LibrbdSource::listed_objects`] gave
     /// them. `None` where nobody knows.
     pub objects: Option<String>,
-    /// Bytes from the start that fell through to a parent then. A flattened image does not tell any more.
-    pub overlap: u64,
+    /// Bytes from the start that fell through to a parent then; `None` where nobody knows. A flattened image does
+    /// not tell any more.
+    pub overlap: Option<u64>,
     /// An older snapshot, for a base that writers may have changed after it was read: what changed since that
     /// one is taken for changed, too.
     pub guard: Option<String>,
@@ -143,6 +144,11 @@ impl LibrbdSource {
                 let mut then_info = image.info()?;
                 let range = 0..window::end_of(&then_info);
                 let then = objects.and_then(|text| Pieces::from_text(&text, range, then_info.stripe_unit));
+                let overlap = overlap.unwrap_or(then_info.overlap);
+                if info.overlap > overlap {
+                    // A parent that was moved shows again what was cut off: no diff tells of that.
+                    suspect_from = suspect_from.min(overlap);
+                }
                 if then.is_some() && info.overlap < overlap {
                     // What showed the parent may be anything by now, and what the map listed then tells
                     // nothing of that. A flatten takes the parent away from the base, too.

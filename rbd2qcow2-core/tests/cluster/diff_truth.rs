@@ -204,7 +204,7 @@ impl Pair<'_> {
             name: name.to_owned(),
             map_digest: None,
             objects: None,
-            overlap: 0,
+            overlap: None,
             guard: None,
         });
         LibrbdSource::open(self.pool, &self.spec.image, self.snapshot, base.as_ref(), mode).unwrap_or_else(
