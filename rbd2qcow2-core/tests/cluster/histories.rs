@@ -110,15 +110,19 @@ fn one_history() {
     println!("\n{}", tally.to_line());
 }
 
+/// Where CI begins.
+const FIRST: u64 = 20_000;
+
 #[test]
 fn no_point_is_wrong() {
     let _cluster = cluster_or_skip!("no_point_is_wrong");
     let long = number("RBD2QCOW2_LONG") == Some(1);
     let given = number("RBD2QCOW2_SEED");
     let rounds = number("RBD2QCOW2_HISTORIES");
+    // CI plays the same ones every time, so that a change is told by what it changed; the long suite draws.
     let first = given.unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
-        u64::from(now.subsec_nanos())
+        if long { u64::from(now.subsec_nanos()) } else { FIRST }
     });
     // A seed alone is one history; with a number of histories, the first of them.
     let count = rounds.or(given.filter(|_| !long).map(|_| 1));
