@@ -134,14 +134,16 @@ impl LibrbdSource {
         let base = match base {
             None => None,
             Some(base) => {
-                for older in std::iter::once(&base.name).chain(&base.guard) {
-                    let opened = pool.open(image, Some(older))?;
-                    let start = self::suspect_from(&handle, &info, snapshot, older, &opened.info()?)?;
+                let BaseSnapshot { name, map_digest, objects, overlap, guard } = base.clone();
+                let opened = pool.open(image, Some(&name))?;
+                let mut then_info = opened.info()?;
+                let start = self::suspect_from(&handle, &info, snapshot, &name, &then_info)?;
+                suspect_from = suspect_from.min(start);
+                if let Some(guard) = &guard {
+                    let older = pool.open(image, Some(guard))?.info()?;
+                    let start = self::suspect_from(&handle, &info, snapshot, guard, &older)?;
                     suspect_from = suspect_from.min(start);
                 }
-                let BaseSnapshot { name, map_digest, objects, overlap, guard } = base.clone();
-                let image = pool.open(image, Some(&name))?;
-                let mut then_info = image.info()?;
                 let range = 0..window::end_of(&then_info);
                 let then = objects.and_then(|text| Pieces::from_text(&text, range, then_info.stripe_unit));
                 let overlap = overlap.unwrap_or(then_info.overlap);
@@ -155,7 +157,7 @@ impl LibrbdSource {
                     suspect_from = suspect_from.min(info.overlap);
                 }
                 then_info.overlap = then_info.overlap.max(overlap);
-                Some(Base { name, image, info: then_info, map_digest, then, guard })
+                Some(Base { name, image: opened, info: then_info, map_digest, then, guard })
             }
         };
         let mode = if mode == DiffMode::Compare { DiffMode::Exact } else { mode };
